@@ -1,0 +1,61 @@
+"""MiniMax-Text-01: the released shapes with the report's pre-training recipe (arXiv 2501.08313, sections 2 and 4).
+
+456,089,655,296 parameters. What the report does not print, and this recipe therefore chooses: AdamW's eps and clipping
+(mmx.config.OptimizerConfig), the capacity factor, and that the plateaus follow each other (7.2T tokens at the peak rate,
+then 3.2T at 1.3e-4, then 1T of decay). The report's batch grows from 16M tokens to 32M, 64M and 128M as the loss falls;
+this recipe has 16M throughout.
+
+  python -m launch.pretrain --config=configs/minimax_text_01.py --workdir=gs://bucket/run --config.mesh.fsdp=-1
+"""
+
+from mmx.config import (
+    HYBRID_PERIOD,
+    CheckpointConfig,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    Phase,
+    Run,
+    TrainConfig,
+)
+
+T = 10**12
+
+
+def get_config() -> Run:
+    """80 layers, 7 lightning and 1 softmax in turn, 32 experts of which a token takes 2."""
+    return Run(
+        model=ModelConfig(
+            vocab_size=200_064,
+            hidden_size=6144,
+            num_layers=80,
+            layer_pattern=HYBRID_PERIOD * 10,
+            num_heads=64,
+            num_kv_heads=8,
+            head_dim=128,
+            rotary_dim=64,
+            rope_base=10_000.0,  # Of the first stage; the release, after context extension, has 10,000,000.
+            num_experts=32,
+            experts_per_token=2,
+            expert_hidden_size=9216,
+            capacity_factor=1.25,
+            dtype="bfloat16",
+            remat="full",
+        ),
+        mesh=MeshConfig(fsdp=-1),
+        data=DataConfig(path="data/pretraining", sequence_length=8192, batch_size=2048, heldout_sequences=2048),
+        optimizer=OptimizerConfig(
+            peak_lr=2e-4,
+            schedule=(
+                Phase("linear", 1.0, steps=500),
+                Phase("constant", 1.0, tokens=72 * T // 10),
+                Phase("constant", 0.65, tokens=32 * T // 10),
+                Phase("exponential", 0.15, tokens=T),
+                Phase("constant", 0.15),
+            ),
+        ),
+        # 11.4T tokens at 16M a step; fewer steps once the batch grows.
+        train=TrainConfig(steps=680_000, log_every=10, eval_every=1000),
+        checkpoint=CheckpointConfig(every=500, keep=3),
+    )

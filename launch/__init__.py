@@ -1,0 +1,1 @@
+"""Programs: parse flags, build a configuration, call one function of mmx."""

@@ -1,0 +1,60 @@
+"""Turns raw text into data that launch.pretrain reads: split, tokenized and indexed.
+
+Without --source it takes the Python standard library's source code, which is on every machine:
+
+  python -m launch.prepare --output=data/standard_library
+
+Any number of sources, each plain files (one document a file), JSON lines or Parquet (one document a row):
+
+  python -m launch.prepare --output=data/mine --vocab_size=32768 --source=web=crawl.jsonl --source=code=/home/me/src
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from launch import program
+from mmx.config import ConfigError
+
+_OUTPUT = flags.DEFINE_string("output", None, "Folder to write; it must not exist yet.", required=True)
+_SOURCE = flags.DEFINE_multi_string("source", [], "NAME=PATH of a file or folder; may be given several times.")
+_SUFFIX = flags.DEFINE_list("suffix", [], "File endings taken from folders, as in .py,.md; empty takes every file.")
+_TEXT_FIELD = flags.DEFINE_string("text_field", "text", "Key or column that holds the text of a row.")
+_VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 2048, "Tokens of the tokenizer to train, special ones included.")
+_TOKENIZER = flags.DEFINE_string("tokenizer", None, "An existing tokenizer.json to use instead of training one.")
+_HELDOUT = flags.DEFINE_float("heldout_fraction", 0.03, "Share of documents held out, chosen by a hash of their names.")
+_SKIP = flags.DEFINE_bool("skip_if_exists", False, "Do nothing if the output is there already.")
+
+
+def run() -> None:
+    """Prepares data as the flags say."""
+    from mmx.data.prepare import REPORT, prepare
+    from mmx.data.sources import standard_library
+
+    output = Path(_OUTPUT.value)
+    if _SKIP.value and (output / REPORT).exists():
+        print(f"{output} is prepared already")
+        return
+    sources = [_source(entry) for entry in _SOURCE.value] or [standard_library()]
+    report = prepare(
+        sources,
+        output,
+        tokenizer=Path(_TOKENIZER.value) if _TOKENIZER.value else None,
+        vocab_size=_VOCAB_SIZE.value,
+        heldout_fraction=_HELDOUT.value,
+        progress=lambda message: print(message, flush=True),
+    )
+    print(f"wrote {output} in {report['seconds']:.0f} s, vocabulary {report['vocab_size']:,}")
+
+
+def _source(entry: str):
+    from mmx.data.sources import Source
+
+    name, separator, path = entry.partition("=")
+    if not (separator and name and path) or "/" in name:
+        raise ConfigError(f"--source={entry}: write NAME=PATH, as in --source=web=crawl.jsonl")
+    return Source(name, Path(path), suffixes=tuple(_SUFFIX.value), text_field=_TEXT_FIELD.value)
+
+
+if __name__ == "__main__":
+    program.main(run)

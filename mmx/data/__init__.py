@@ -1,0 +1,1 @@
+"""From raw text to packed batches: sources, tokenizer, corpus on disk, packing, loader."""

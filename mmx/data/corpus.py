@@ -1,0 +1,116 @@
+"""Tokenized documents on disk: ArrayRecord shards and an index of document lengths.
+
+A folder holds one split of one source. Each document is its text's tokens between the marks of its beginning and end,
+cut into pieces of at most ``PIECE`` tokens, one record a piece, so that a window of a very long document reads no more
+than the pieces under it. The index keeps only the documents' lengths: records follow from them.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from mmx.config import ConfigError
+
+PIECE = 2**13
+SHARD_TOKENS = 2**27
+_INDEX = "index.json"
+_LENGTHS = "document_lengths.npy"
+_CACHED_RECORDS = 256
+
+
+class CorpusWriter:
+    """Writes documents one by one; ``close`` writes the index, without which the folder cannot be read."""
+
+    def __init__(self, folder: Path, vocab_size: int):
+        folder.mkdir(parents=True)
+        self._folder = folder
+        self._dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+        self._lengths: list[int] = []
+        self._shards: list[dict[str, int | str]] = []
+        self._writer: ArrayRecordWriter | None = None
+        self._shard_tokens = 0
+
+    def add(self, tokens: Sequence[int]) -> None:
+        """Appends a document, marks included."""
+        array = np.asarray(tokens, self._dtype)
+        if self._writer is None or self._shard_tokens >= SHARD_TOKENS:
+            self._open_shard()
+        for start in range(0, len(array), PIECE):
+            self._writer.write(array[start : start + PIECE].tobytes())
+            self._shards[-1]["records"] += 1
+        self._lengths.append(len(array))
+        self._shard_tokens += len(array)
+
+    def close(self) -> dict[str, int]:
+        """Finishes the shards and writes the index. Returns the number of documents and tokens."""
+        self._close_shard()
+        lengths = np.asarray(self._lengths, np.int64)
+        np.save(self._folder / _LENGTHS, lengths)
+        totals = {"documents": len(lengths), "tokens": int(lengths.sum())}
+        index = {**totals, "piece": PIECE, "dtype": self._dtype.str, "shards": self._shards}
+        (self._folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        return totals
+
+    def _open_shard(self) -> None:
+        self._close_shard()
+        name = f"shard-{len(self._shards):05d}.array_record"
+        # One record a group: reading a record decompresses nothing else.
+        self._writer = ArrayRecordWriter(str(self._folder / name), "group_size:1")
+        self._shards.append({"name": name, "records": 0})
+        self._shard_tokens = 0
+
+    def _close_shard(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+            shard = self._shards[-1]
+            shard["bytes"] = (self._folder / shard["name"]).stat().st_size
+
+
+class Corpus:
+    """Documents that a ``CorpusWriter`` wrote, by number, and any window of their tokens.
+
+    Raises ConfigError on opening if the index or a shard is missing or has another size than when it was written.
+    """
+
+    def __init__(self, folder: Path):
+        index_path = folder / _INDEX
+        if not index_path.exists():
+            raise ConfigError(f"{folder} holds no prepared documents: run launch.prepare, or correct data.path")
+        index = json.loads(index_path.read_text())
+        for shard in index["shards"]:
+            path = folder / shard["name"]
+            size = path.stat().st_size if path.exists() else None
+            if size != shard["bytes"]:
+                state = "is missing" if size is None else f"has {size} bytes instead of {shard['bytes']}"
+                raise ConfigError(f"{path} {state}: restore it or run launch.prepare again")
+        self.lengths = np.load(folder / _LENGTHS, mmap_mode="r")
+        self.tokens: int = index["tokens"]
+        self._piece: int = index["piece"]
+        self._dtype = np.dtype(index["dtype"])
+        pieces = -(-np.asarray(self.lengths) // self._piece)
+        self._first_record = np.concatenate([[0], np.cumsum(pieces)])
+        self._source = ArrayRecordDataSource([str(folder / shard["name"]) for shard in index["shards"]])
+        # Neighbouring rows of a batch often lie in the same document.
+        self._record = functools.lru_cache(_CACHED_RECORDS)(self._read_record)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def read(self, document: int, start: int, stop: int) -> np.ndarray:
+        """Tokens ``start`` to ``stop`` of a document, int32."""
+        first, last = start // self._piece, (stop - 1) // self._piece
+        base = self._first_record[document]
+        parts = [self._record(int(base + piece)) for piece in range(first, last + 1)]
+        tokens = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return tokens[start - first * self._piece : stop - first * self._piece].astype(np.int32)
+
+    def _read_record(self, record: int) -> np.ndarray:
+        return np.frombuffer(self._source[record], self._dtype)

@@ -1,0 +1,130 @@
+"""Raw sources to prepared data: split by document, train a tokenizer, tokenize once, write shards and a report.
+
+A prepared folder holds ``tokenizer.json``, ``dataset.json`` (the report) and one folder a source with the splits
+``train`` and ``heldout`` (mmx.data.corpus).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmx.config import ConfigError
+from mmx.data.corpus import CorpusWriter
+from mmx.data.sources import Source
+from mmx.data.tokenizer import Tokenizer
+
+SPLITS = ("train", "heldout")
+REPORT = "dataset.json"
+TOKENIZER = "tokenizer.json"
+# Text that a tokenizer is trained on, at most; merges hardly change beyond it.
+_TRAINING_BYTES = 10**9
+_BATCH_DOCUMENTS = 256
+
+
+def prepare(
+    sources: Sequence[Source],
+    output: Path,
+    *,
+    tokenizer: Path | None,
+    vocab_size: int,
+    heldout_fraction: float,
+    progress: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Prepares data for training; returns the report that it also writes.
+
+    Everything is written beside ``output`` and moved there at the end: a run that is interrupted leaves nothing that
+    looks finished.
+
+    Args:
+      sources: with distinct names.
+      output: folder that does not exist yet.
+      tokenizer: an existing ``tokenizer.json``; None trains one on the sources' training documents.
+      vocab_size: of a tokenizer trained here.
+      heldout_fraction: share of the documents that is held out, chosen by a hash of their names.
+      progress: receives a line now and then.
+
+    Raises:
+      ConfigError: if the output exists, a source cannot be read, or a split would be empty.
+    """
+    if output.exists():
+        raise ConfigError(f"{output} exists: remove it or choose another output")
+    if not 0 < heldout_fraction < 1:
+        raise ConfigError(f"heldout_fraction={heldout_fraction} must be between 0 and 1")
+    names = [source.name for source in sources]
+    if len(set(names)) != len(names):
+        raise ConfigError(f"two sources share a name among {', '.join(names)}: rename one")
+    started = time.monotonic()
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    encoder = Tokenizer.load(tokenizer) if tokenizer else _train(sources, vocab_size, heldout_fraction, progress)
+    encoder.save(partial / TOKENIZER)
+    report = {
+        "vocab_size": encoder.vocab_size,
+        "heldout_fraction": heldout_fraction,
+        "sources": {source.name: _write(source, partial, encoder, heldout_fraction, progress) for source in sources},
+    }
+    report["seconds"] = round(time.monotonic() - started, 1)
+    (partial / REPORT).write_text(json.dumps(report, indent=2) + "\n")
+    partial.rename(output)
+    return report
+
+
+def is_held_out(name: str, fraction: float) -> bool:
+    """Whether the document of this name is held out; the same on every machine and for every order of files."""
+    digest = hashlib.sha256(name.encode()).digest()
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+
+
+def _train(sources: Sequence[Source], vocab_size: int, heldout_fraction: float, progress) -> Tokenizer:
+    progress(f"training a tokenizer of {vocab_size:,} tokens")
+    documents = itertools.chain.from_iterable(sources)
+    texts = (document.text for document in documents if not is_held_out(document.name, heldout_fraction))
+    return Tokenizer.train(_at_most(texts, _TRAINING_BYTES), vocab_size)
+
+
+def _at_most(texts: Iterable[str], size: int) -> Iterator[str]:
+    for text in texts:
+        yield text
+        size -= len(text)
+        if size <= 0:
+            return
+
+
+def _write(source: Source, folder: Path, tokenizer: Tokenizer, heldout_fraction: float, progress) -> dict[str, Any]:
+    """Writes one source's splits; returns its part of the report."""
+    writers = {split: CorpusWriter(folder / source.name / split, tokenizer.vocab_size) for split in SPLITS}
+    sizes = dict.fromkeys(SPLITS, 0)
+    documents = iter(source)
+    done, announced = 0, time.monotonic()
+    while batch := list(itertools.islice(documents, _BATCH_DOCUMENTS)):
+        for document, ids in zip(batch, tokenizer.encode_batch([d.text for d in batch]), strict=True):
+            split = "heldout" if is_held_out(document.name, heldout_fraction) else "train"
+            writers[split].add([tokenizer.begin_of_document, *ids, tokenizer.end_of_document])
+            sizes[split] += len(document.text.encode())
+        done += len(batch)
+        if time.monotonic() - announced > 5:
+            announced = time.monotonic()
+            progress(f"{source.name}: {done:,} documents tokenized")
+    report: dict[str, Any] = {"path": str(source.path), "unreadable_files": source.unreadable}
+    for split, writer in writers.items():
+        totals = writer.close()
+        if not totals["documents"]:
+            raise ConfigError(
+                f"source {source.name!r} has {done} documents and none for the {split} split: give more documents or "
+                "change --heldout_fraction"
+            )
+        report[split] = {**totals, "bytes": sizes[split]}
+    train = report["train"]
+    progress(
+        f"{source.name}: {train['documents']:,} documents, {train['tokens']:,} tokens to train on "
+        f"({train['bytes'] / train['tokens']:.2f} bytes a token), {report['heldout']['documents']:,} held out"
+    )
+    return report

@@ -1,0 +1,1 @@
+"""The model: norm, RoPE, both attentions, router, experts, block, stack."""

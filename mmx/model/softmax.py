@@ -1,0 +1,86 @@
+"""The softmax attention layer: grouped key-value heads, RoPE on part of each head (report section 2; released code).
+
+Shapes: B batch, S tokens, T cache slots, D hidden, H query heads, G key-value heads, K head channels.
+"""
+
+from typing import NamedTuple
+
+import jax
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from mmx.config import ModelConfig
+from mmx.model.linear import linear
+from mmx.model.parameters import deepnorm_gain, weight, xavier
+from mmx.model.rope import RopeTable, apply_rope
+from mmx.parallel import island
+from pallas_kernels.softmax_attention import softmax_attention, softmax_attention_step
+
+
+class KeyValues(NamedTuple):
+    """Keys, rotated, and values of a row's tokens, [B, T, G, K] each."""
+
+    k_BTGK: jax.Array
+    v_BTGK: jax.Array
+
+
+class SoftmaxAttention(nnx.Module):
+    """One softmax attention layer, scale 1/sqrt(K), no biases."""
+
+    def __init__(self, config: ModelConfig, key: jax.Array):
+        D, H, G, K = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
+        dtype, gain = config.param_dtype, deepnorm_gain(config.num_layers)
+        keys = jax.random.split(key, 4)
+        axes = ("hidden", "heads", None)
+        self.query = xavier(keys[0], (D, H, K), axes, dtype, fan_in=D, fan_out=H * K)
+        self.key = xavier(keys[1], (D, G, K), axes, dtype, fan_in=D, fan_out=G * K)
+        self.value = xavier(keys[2], (D, G, K), axes, dtype, fan_in=D, fan_out=G * K, gain=gain)
+        self.out = xavier(keys[3], (H, K, D), ("heads", None, "hidden"), dtype, fan_in=H * K, fan_out=D, gain=gain)
+
+    def __call__(
+        self, x_BSD: jax.Array, rope: RopeTable, segment_ids_BS: jax.Array | None
+    ) -> tuple[jax.Array, KeyValues]:
+        """Causal attention within each document.
+
+        Args:
+          x_BSD: normalised input.
+          rope: table of the tokens' positions.
+          segment_ids_BS: document ids, or None for one document a row.
+
+        Returns:
+          The branch's output [B, S, D], and the tokens' keys and values for a cache.
+        """
+        q_BSHK, k_BSGK, v_BSGK = self._project(x_BSD, rope)
+        tokens = ("batch", "sequence", "heads", None)
+        attend = island(
+            lambda q, k, v, segments: softmax_attention(q, k, v, segment_ids_BS=segments),
+            (tokens, tokens, tokens, ("batch", "sequence")),
+            tokens,
+        )
+        o_BSHK = checkpoint_name(attend(q_BSHK, k_BSGK, v_BSGK, segment_ids_BS), "attention")
+        return self._finish(o_BSHK), KeyValues(k_BSGK, v_BSGK)
+
+    def step(
+        self, x_BD: jax.Array, rope: RopeTable, cache: KeyValues, slot: jax.Array, valid_BT: jax.Array
+    ) -> tuple[jax.Array, KeyValues]:
+        """One token of each row: its output [B, D] and the cache with it in ``slot``.
+
+        Args:
+          slot: where the token goes, the same for all rows; int32 scalar.
+          valid_BT: slots that the token may see, its own included.
+        """
+        q_BHK, k_BGK, v_BGK = self._project(x_BD, rope)
+        cache = KeyValues(
+            *(
+                jax.lax.dynamic_update_slice_in_dim(old, new[:, None].astype(old.dtype), slot, axis=1)
+                for old, new in zip(cache, (k_BGK, v_BGK), strict=True)
+            )
+        )
+        return self._finish(softmax_attention_step(q_BHK, *cache, valid_BT).astype(x_BD.dtype)), cache
+
+    def _project(self, x: jax.Array, rope: RopeTable) -> tuple[jax.Array, jax.Array, jax.Array]:
+        q, k, v = (linear(x, weight(param, x.dtype)) for param in (self.query, self.key, self.value))
+        return apply_rope(q, rope), apply_rope(k, rope), v
+
+    def _finish(self, o: jax.Array) -> jax.Array:
+        return linear(o, weight(self.out, o.dtype), contract=2)

@@ -1,0 +1,294 @@
+"""A training run: open the data, restore or start, then step, evaluate, report and save until done or told to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+
+from mmx.config import ConfigError, Run, save_json
+from mmx.data.loader import PreparedData, Share
+from mmx.data.packing import ROW_DTYPES, Row
+from mmx.data.prepare import TOKENIZER
+from mmx.parallel import build_mesh, spec
+from mmx.train.checkpoint import Checkpoints, Progress
+from mmx.train.console import Console
+from mmx.train.evaluate import HeldoutLoss, heldout_loss, heldout_sums
+from mmx.train.loss import Batch
+from mmx.train.metrics import MetricsWriter
+from mmx.train.optimizer import build_optimizer
+from mmx.train.schedule import learning_rate
+from mmx.train.step import StepMetrics, TrainState, init_state, train_step
+from mmx.train.stop import StopRequest, stop_on_signals
+from mmx.train.throughput import document_lengths, utilisation
+
+CHECKPOINTS = "checkpoints"
+CONFIG = "config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    step: int
+    stopped_by: signal.Signals | None
+    heldout: HeldoutLoss | None  # after the last step, if the run was not stopped
+
+
+def train(run: Run, workdir: Path, console: Console) -> Outcome:
+    """Trains until ``run.train.steps`` steps are done in all, going on from the newest checkpoint in ``workdir``.
+
+    The same run on the same mesh gives the same losses, bit for bit, however often it is interrupted.
+
+    Raises:
+      ConfigError: if the configuration, the data and what lies in the workdir do not fit together.
+    """
+    run.validate(jax.device_count())
+    with stop_on_signals() as stop, _mesh_in_scope(run) as mesh:
+        return _Session(run, workdir, console, mesh, stop).run_to_end()
+
+
+@contextlib.contextmanager
+def _mesh_in_scope(run: Run) -> Iterator[Mesh | None]:
+    """The run's mesh. A single device has none: everything is then ordinary JAX."""
+    if jax.device_count() == 1:
+        yield None
+        return
+    mesh = build_mesh(run.mesh)
+    with jax.set_mesh(mesh):
+        yield mesh
+
+
+class _Session:
+    """One process's part in a run, from start to end."""
+
+    def __init__(self, run: Run, workdir: Path, console: Console, mesh: Mesh | None, stop: StopRequest):
+        self._run, self._workdir, self._console, self._mesh, self._stop = run, workdir, console, mesh, stop
+        self._share = Share(jax.process_index(), jax.process_count())
+        self._data = PreparedData(run.data)
+        needed = self._data.tokenizer.vocab_size
+        if needed > run.model.vocab_size:
+            raise ConfigError(
+                f"model.vocab_size={run.model.vocab_size} does not fit the tokenizer of {self._data.folder}, which has "
+                f"{needed} tokens: set it to at least {needed}"
+            )
+        self._batches = self._data.training_batches(run.train.seed, self._share)
+        self._optimizer = build_optimizer(run.optimizer)
+        self._tokens_per_step = run.data.batch_size * run.data.sequence_length
+
+    def run_to_end(self) -> Outcome:
+        run, console = self._run, self._console
+        checkpoints = Checkpoints(self._workdir / CHECKPOINTS, run.checkpoint, console.say)
+        try:
+            state, progress = self._restore_or_start(checkpoints)
+            if progress.step >= run.train.steps:
+                console.say(f"already at step {progress.step}: raise train.steps to go on")
+                return Outcome(progress.step, None, None)
+            self._write_workdir()
+            metrics = MetricsWriter(self._workdir, progress.step) if self._share.index == 0 else None
+            try:
+                return self._train(state, progress, checkpoints, metrics)
+            finally:
+                if metrics is not None:
+                    metrics.close()
+        finally:
+            checkpoints.close()
+
+    def _restore_or_start(self, checkpoints: Checkpoints) -> tuple[TrainState, Progress]:
+        run = self._run
+        init = functools.partial(init_state, run.model, self._optimizer, run.train.seed)
+        abstract = jax.tree.map(self._placed, jax.eval_shape(init))
+        restored = checkpoints.restore(run.model, abstract)
+        if restored is not None:
+            state, progress = restored
+            self._batches.set_state(progress.data)
+            self._console.say(f"resuming from step {progress.step}")
+            return state, progress
+        return jax.jit(init)(), Progress(step=0, tokens=0, data=self._batches.get_state())
+
+    def _placed(self, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        """The abstract array on the devices that hold it."""
+        if self._mesh is None:
+            sharding = SingleDeviceSharding(jax.devices()[0])
+        else:
+            sharding = NamedSharding(self._mesh, x.sharding.spec)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    def _write_workdir(self) -> None:
+        if self._share.index == 0:
+            self._workdir.mkdir(parents=True, exist_ok=True)
+            save_json(self._run, self._workdir / CONFIG)
+            shutil.copyfile(self._data.tokenizer_path, self._workdir / TOKENIZER)
+
+    def _train(
+        self, state: TrainState, progress: Progress, checkpoints: Checkpoints, metrics: MetricsWriter | None
+    ) -> Outcome:
+        run, console = self._run, self._console
+        reporter = _Reporter(run, console, metrics)
+        if progress.step == 0:
+            self._evaluate(state, progress, reporter)
+        console.say("compiling the training step")
+        started = time.monotonic()
+        iterator = iter(self._batches)
+        step = self._compile(state)
+        console.say(f"compiled in {time.monotonic() - started:.0f} s; training to step {run.train.steps}")
+        reporter.resume_clock()
+        heldout = None
+        while progress.step < run.train.steps and not self._stop:
+            waited = time.monotonic()
+            row = next(iterator)
+            reporter.waited_for_data(time.monotonic() - waited)
+            batch = self._to_device(row)
+            tokens = progress.tokens + self._tokens_per_step
+            rate = learning_rate(run.optimizer, tokens, self._tokens_per_step)
+            state, step_metrics = step(state, batch, jnp.float32(rate))
+            progress = Progress(progress.step + 1, tokens, self._batches.get_state())
+            reporter.step_done(progress, rate, step_metrics, row)
+
+            is_last = progress.step == run.train.steps
+            if is_last or (run.train.eval_every and progress.step % run.train.eval_every == 0):
+                heldout = self._evaluate(state, progress, reporter)
+            if is_last or self._stop or progress.step % run.checkpoint.every == 0:
+                with reporter.paused():
+                    checkpoints.save(run.model, state, progress)
+        reporter.flush()
+        if self._stop:
+            if checkpoints.latest != progress.step:
+                checkpoints.save(run.model, state, progress)
+            checkpoints.wait()
+            console.say(f"stopped by {self._stop.signal.name}: saved step {progress.step}")
+            return Outcome(progress.step, self._stop.signal, None)
+        checkpoints.wait()
+        return Outcome(progress.step, None, heldout)
+
+    def _compile(self, state: TrainState) -> Any:
+        run = self._run
+        step = functools.partial(
+            train_step, run.model, self._optimizer, run.optimizer.clip_norm, run.train.micro_batches
+        )
+        shape = (run.data.batch_size // self._share.count, run.data.sequence_length)
+        example = self._to_device({name: np.zeros(shape, dtype) for name, dtype in ROW_DTYPES.items()})
+        # The state's buffers are reused for the new state.
+        return jax.jit(step, donate_argnums=0).lower(state, example, jnp.float32(0)).compile()
+
+    def _to_device(self, row: Row) -> Batch:
+        """This process's rows as the global batch."""
+        fields = (row[name] for name in ROW_DTYPES)
+        if self._mesh is None:
+            return Batch(*(jnp.asarray(x) for x in fields))
+        sharding = NamedSharding(self._mesh, spec("batch", "sequence"))
+        return Batch(*(jax.make_array_from_process_local_data(sharding, x) for x in fields))
+
+    @functools.cached_property
+    def _heldout_sums(self) -> Any:
+        sizes = np.zeros(self._run.model.vocab_size, np.float32)
+        token_bytes = self._data.tokenizer.token_bytes()
+        sizes[: len(token_bytes)] = token_bytes
+        sums = jax.jit(functools.partial(heldout_sums, self._run.model))
+        return lambda params, batch: sums(params, batch, jnp.asarray(sizes))
+
+    def _evaluate(self, state: TrainState, progress: Progress, reporter: _Reporter) -> HeldoutLoss | None:
+        if not self._run.data.heldout_sequences:
+            return None
+        with reporter.paused():
+            batches = (self._to_device(row) for row in self._data.heldout_batches(self._share))
+            loss = heldout_loss(lambda batch: self._heldout_sums(state.params, batch), batches)
+        reporter.evaluated(progress, loss)
+        return loss
+
+
+class _Reporter:
+    """Turns what the loop sees into metrics rows and progress lines.
+
+    The metrics of a logged step are fetched when the next step has been started, so that the devices never wait for it.
+    """
+
+    def __init__(self, run: Run, console: Console, metrics: MetricsWriter | None):
+        self._run, self._console, self._metrics = run, console, metrics
+        self._pending: tuple[Progress, float, StepMetrics, Row] | None = None
+        self.resume_clock()
+
+    def resume_clock(self) -> None:
+        """Starts the time over which throughput is measured."""
+        self._since, self._steps, self._data_seconds = time.monotonic(), 0, 0.0
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Keeps the time inside out of the throughput."""
+        self.flush()
+        started = time.monotonic()
+        yield
+        self._since += time.monotonic() - started
+
+    def waited_for_data(self, seconds: float) -> None:
+        self._data_seconds += seconds
+
+    def step_done(self, progress: Progress, rate: float, step_metrics: StepMetrics, row: Row) -> None:
+        self.flush()
+        self._steps += 1
+        if progress.step % self._run.train.log_every == 0 or progress.step in (1, self._run.train.steps):
+            self._pending = progress, rate, step_metrics, row
+
+    def evaluated(self, progress: Progress, loss: HeldoutLoss) -> None:
+        """Reports a held-out evaluation."""
+        row = {"step": progress.step, "tokens": progress.tokens}
+        self._write(row | {"heldout_loss": loss.nats_per_token, "heldout_bits_per_byte": loss.bits_per_byte})
+        self._console.say(
+            f"step {progress.step}: held out {loss.nats_per_token:.4f} nats/token, {loss.bits_per_byte:.4f} bits/byte"
+        )
+
+    def flush(self) -> None:
+        """Reports the step that is due, waiting for it."""
+        if self._pending is None:
+            return
+        progress, rate, step_metrics, row = self._pending
+        self._pending = None
+        values = jax.device_get(step_metrics)  # Returns when the step is done.
+        seconds = max(time.monotonic() - self._since, 1e-9)
+        tokens_per_step = self._run.data.batch_size * self._run.data.sequence_length
+        speed = self._steps * tokens_per_step / seconds
+        load_LE = values.stats.load.share_E / self._run.model.experts_per_token
+        line = {
+            "step": progress.step,
+            "tokens": progress.tokens,
+            "loss": float(values.loss),
+            "grad_norm": float(values.grad_norm),
+            "learning_rate": rate,
+            "tokens_per_second": speed,
+            "data_wait": self._data_seconds / seconds,
+            "router_load_max": float(load_LE.max() * load_LE.shape[1]),
+            "drop_rate": float(values.stats.dropped.mean()),
+            "skipped_steps": int(values.skipped),
+        }
+        mfu = self._utilisation(row, seconds / self._steps)
+        if mfu is not None:
+            line["mfu"] = mfu
+        self._write(line | {"router_load": np.round(load_LE.astype(float), 4).tolist()})
+        self._console.progress(
+            f"step {progress.step}/{self._run.train.steps}  loss {line['loss']:.4f}  "
+            f"grad norm {line['grad_norm']:.3f}  rate {rate:.2e}  "
+            f"{speed:,.0f} tokens/s  data wait {line['data_wait']:.0%}"
+            + (f"  MFU {mfu:.1%}" if mfu is not None else "")
+            + (f"  skipped {line['skipped_steps']}" if line["skipped_steps"] else "")
+        )
+        self.resume_clock()
+
+    def _utilisation(self, row: Row, seconds: float) -> float | None:
+        # The documents of this process stand for those of the others.
+        lengths = document_lengths(row["segment_ids"]) * jax.process_count()
+        return utilisation(self._run.model, lengths, seconds, jax.devices()[0].device_kind, jax.device_count())
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if self._metrics is not None:
+            self._metrics.write(row)

@@ -1,0 +1,69 @@
+"""The training objective of a batch, as sums over tokens so that micro-batches add up exactly.
+
+Shapes: B batch, S tokens, D hidden, L layers, E experts.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mmx.config import ModelConfig
+from mmx.model.experts import ExpertStats
+from mmx.model.router import auxiliary_loss
+from mmx.model.text import Params, TextModel, bind
+from mmx.parallel import constrain, island
+from pallas_kernels.cross_entropy import cross_entropy
+
+
+class Batch(NamedTuple):
+    """Packed rows, [B, S] each."""
+
+    tokens_BS: jax.Array  # int32
+    targets_BS: jax.Array  # int32, the next token of the same document
+    segment_ids_BS: jax.Array  # int32, 0 where there is padding only
+    positions_BS: jax.Array  # int32, from the start of the document's part in the row
+    weights_BS: jax.Array  # fp32, 0 where there is no target
+
+
+class LossSums(NamedTuple):
+    """Sums over a batch's tokens; dividing by ``tokens`` gives means."""
+
+    nll: jax.Array  # negative log-likelihood, nats
+    tokens: jax.Array  # sum of the weights
+    stats: ExpertStats  # times ``tokens``
+
+
+def loss_sums(config: ModelConfig, params: Params, batch: Batch, *, dropless: bool) -> tuple[jax.Array, LossSums]:
+    """The objective times the number of target tokens, and its parts.
+
+    Its gradient is a token-sum gradient: adding those of micro-batches and dividing by all their tokens weighs every
+    target token alike, however unequal the documents' masks are. The auxiliary loss, a mean over a micro-batch, is
+    weighted by the micro-batch's tokens.
+    """
+    model = bind(config, params)
+    x_BSD, stats, _ = model(
+        batch.tokens_BS,
+        segment_ids_BS=batch.segment_ids_BS,
+        positions_BS=batch.positions_BS,
+        valid_BS=batch.segment_ids_BS > 0,
+        dropless=dropless,
+    )
+    nll = next_token_nll(model, x_BSD, batch.targets_BS, batch.weights_BS)
+    tokens = jnp.sum(batch.weights_BS)
+    auxiliary = config.aux_loss_coefficient * auxiliary_loss(stats.load, config.aux_loss_form)
+    return nll + tokens * auxiliary, LossSums(nll, tokens, jax.tree.map(lambda x: tokens * x, stats))
+
+
+def next_token_nll(model: TextModel, x_BSD: jax.Array, targets_BS: jax.Array, weights_BS: jax.Array) -> jax.Array:
+    """Weighted sum of the target tokens' negative log-likelihoods, without ever holding all logits."""
+
+    def local_sum(x_BSD, head_VD, targets_BS, weights_BS):
+        x_TD, targets_T, weights_T = x_BSD.reshape(-1, x_BSD.shape[-1]), targets_BS.reshape(-1), weights_BS.reshape(-1)
+        logits_dtype = model.logits_dtype(x_TD.dtype)
+        total = cross_entropy(x_TD, head_VD, targets_T, weights_T, logits_dtype=logits_dtype)
+        return total.reshape(1, 1)
+
+    tokens = ("batch", "sequence")
+    run = island(local_sum, ((*tokens, None), (None, None), tokens, tokens), tokens)
+    return constrain(jnp.sum(run(x_BSD, model.head_weight(x_BSD.dtype), targets_BS, weights_BS)))

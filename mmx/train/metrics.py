@@ -1,0 +1,50 @@
+"""What a run leaves for others to read: metrics.jsonl and TensorBoard events with the same names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+METRICS = "metrics.jsonl"
+
+
+def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+    """Rows of metrics.jsonl in order; a last line that was cut off is left out."""
+    path = workdir / METRICS
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class MetricsWriter:
+    """Appends rows, one JSON object a line, each on disk before the next step's is written."""
+
+    def __init__(self, workdir: Path, resumed_step: int):
+        """Rows after ``resumed_step`` are dropped: those steps are taken again."""
+        path = workdir / METRICS
+        kept = [row for row in read_metrics(workdir) if row["step"] <= resumed_step]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        partial.replace(path)
+        self._file = path.open("a")
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resumed_step + 1, flush_secs=10)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Appends a row, which has a ``step``; its scalars also go to TensorBoard."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        for name, value in row.items():
+            if name != "step" and isinstance(value, (int, float)):
+                self._board.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        """Flushes and closes both."""
+        self._file.close()
+        self._board.close()

@@ -1,0 +1,168 @@
+"""A picture and a page of a run, from what it left in its workdir."""
+
+from __future__ import annotations
+
+import base64
+import html
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from mmx.config import ConfigError, Run, count_parameters, load_json
+from mmx.train.loop import CONFIG
+from mmx.train.metrics import METRICS, read_metrics
+
+matplotlib.use("Agg")  # There may be no screen.
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+PICTURE, PAGE = "report.png", "report.html"
+_TRAINING, _HELDOUT, _GREY = "#1f5fa8", "#d1495b", "#6b7280"
+
+
+def write_report(workdir: Path, output: Path) -> tuple[Path, Path]:
+    """Writes the picture and the page; returns their paths.
+
+    Raises:
+      ConfigError: if the workdir holds no metrics yet.
+    """
+    run = load_json(workdir / CONFIG)
+    rows = read_metrics(workdir)
+    steps = [row for row in rows if "loss" in row]
+    if not steps:
+        raise ConfigError(f"{workdir / METRICS} has no training step yet: let the run log one first")
+    heldout = [row for row in rows if "heldout_loss" in row]
+    output.mkdir(parents=True, exist_ok=True)
+    picture, page = output / PICTURE, output / PAGE
+    _draw(run, steps, heldout, workdir.name, picture)
+    page.write_text(_page(run, steps, heldout, workdir.name, picture), encoding="utf-8")
+    return picture, page
+
+
+def _draw(run: Run, steps: list[dict[str, Any]], heldout: list[dict[str, Any]], title: str, path: Path) -> None:
+    figure, panels = plt.subplots(2, 2, figsize=(13, 8.5), layout="constrained")
+    figure.suptitle(
+        f"{title}: {count_parameters(run.model).total / 1e6:,.1f}M parameters, {_pattern(run)}", fontsize=13
+    )
+    _draw_loss(panels[0, 0], steps, heldout)
+    _draw_load(panels[0, 1], run, steps[-1])
+    _draw_optimization(panels[1, 0], steps)
+    _draw_balance(panels[1, 1], steps)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _draw_loss(axes: Axes, steps: list[dict[str, Any]], heldout: list[dict[str, Any]]) -> None:
+    axes.plot(_column(steps, "tokens"), _column(steps, "loss"), color=_TRAINING, lw=1.4, label="training batch")
+    if heldout:
+        tokens, loss = _column(heldout, "tokens"), _column(heldout, "heldout_loss")
+        axes.plot(tokens, loss, "o-", color=_HELDOUT, ms=5, lw=1, label="held out")
+        for row in (heldout[0], heldout[-1]):
+            bits = f"{row['heldout_bits_per_byte']:.2f} bits/byte"
+            side = "left" if row is heldout[0] else "right"
+            axes.annotate(
+                bits, (row["tokens"], row["heldout_loss"]), (0, 9), textcoords="offset points", ha=side, color=_HELDOUT
+            )
+    axes.set(title="Loss", xlabel="tokens", ylabel="nats a token")
+    axes.legend(frameon=False)
+    _tidy(axes)
+
+
+def _draw_load(axes: Axes, run: Run, last: dict[str, Any]) -> None:
+    load_LE = np.asarray(last["router_load"]) * run.model.num_experts
+    image = axes.imshow(load_LE, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2, interpolation="nearest")
+    if load_LE.size <= 128:
+        for (layer, expert), value in np.ndenumerate(load_LE):
+            axes.text(expert, layer, f"{value:.2f}", ha="center", va="center", fontsize=8)
+    axes.set(title=f"Router load at step {last['step']} (1 = even share)", xlabel="expert", ylabel="layer")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.figure.colorbar(image, ax=axes, extend="max")
+
+
+def _draw_optimization(axes: Axes, steps: list[dict[str, Any]]) -> None:
+    axes.plot(_column(steps, "tokens"), _column(steps, "grad_norm"), color=_TRAINING, lw=1.2)
+    axes.set(title="Gradient norm (left) and learning rate (right)", xlabel="tokens", yscale="log")
+    axes.set_ylabel("gradient norm", color=_TRAINING)
+    _tidy(axes)
+    right = axes.twinx()
+    right.plot(_column(steps, "tokens"), _column(steps, "learning_rate"), color=_GREY, lw=1.2, ls="--")
+    right.set_ylabel("learning rate", color=_GREY)
+    right.set_ylim(bottom=0)
+    right.spines["top"].set_visible(False)
+
+
+def _draw_balance(axes: Axes, steps: list[dict[str, Any]]) -> None:
+    axes.plot(_column(steps, "tokens"), _column(steps, "router_load_max"), color=_TRAINING, lw=1.2)
+    axes.axhline(1, color=_GREY, lw=0.8, ls=":")
+    axes.set(title="Busiest expert (left) and speed (right)", xlabel="tokens")
+    axes.set_ylabel("load over even share", color=_TRAINING)
+    axes.set_ylim(bottom=0)
+    _tidy(axes)
+    right = axes.twinx()
+    right.plot(_column(steps, "tokens"), _column(steps, "tokens_per_second"), color=_GREY, lw=1.2, ls="--")
+    right.set_ylabel("tokens a second", color=_GREY)
+    right.set_ylim(bottom=0)
+    right.spines["top"].set_visible(False)
+
+
+def _tidy(axes: Axes) -> None:
+    axes.grid(alpha=0.25)
+    axes.spines[["top"]].set_visible(False)
+    axes.xaxis.set_major_formatter(lambda value, _: _short(value))
+
+
+def _short(value: float) -> str:
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if abs(value) >= size:
+            return f"{value / size:g}{unit}"
+    return f"{value:g}"
+
+
+def _column(rows: list[dict[str, Any]], name: str) -> list[float]:
+    return [row[name] for row in rows]
+
+
+def _pattern(run: Run) -> str:
+    kinds = run.model.layer_pattern
+    return ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)) + " layers"
+
+
+def _page(run: Run, steps: list[dict[str, Any]], heldout: list[dict[str, Any]], title: str, picture: Path) -> str:
+    last, counts = steps[-1], count_parameters(run.model)
+    facts = {
+        "Steps": f"{last['step']:,} of {run.train.steps:,}",
+        "Tokens": f"{last['tokens']:,}",
+        "Parameters": f"{counts.total:,} ({counts.active:,} active a token, without embeddings)",
+        "Layers": _pattern(run),
+        "Training loss": f"{last['loss']:.4f} nats a token",
+        "Median speed": f"{np.median(_column(steps, 'tokens_per_second')):,.0f} tokens a second",
+        "Dropped assignments": f"{last['drop_rate']:.2%} in the last logged step",
+        "Skipped steps": f"{last['skipped_steps']}",
+        "Data": run.data.path,
+    }
+    if heldout:
+        first, final = (heldout[n]["heldout_bits_per_byte"] for n in (0, -1))
+        facts["Held-out bits a byte"] = (
+            f"{first:.4f} at step {heldout[0]['step']}, {final:.4f} at step {heldout[-1]['step']} ({final / first:.0%})"
+        )
+    table = "\n".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in facts.items())
+    image = base64.b64encode(picture.read_bytes()).decode()
+    return f"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<title>{html.escape(title)}</title>
+<style>
+  body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #111827; }}
+  th {{ text-align: left; padding-right: 2rem; font-weight: 600; vertical-align: top; }}
+  img {{ max-width: 100%; }}
+</style>
+<h1>{html.escape(title)}</h1>
+<table>
+{table}
+</table>
+<p><img alt="Loss, router load, optimization, balance and speed" src="data:image/png;base64,{image}"></p>
+</html>
+"""

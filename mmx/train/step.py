@@ -1,0 +1,100 @@
+"""One training step: accumulate gradients over micro-batches, clip, AdamW, and skip what is not finite.
+
+Shapes: A micro-batches, B batch, S tokens.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from einops import rearrange
+from jax import lax
+
+from mmx.config import ModelConfig
+from mmx.model.experts import ExpertStats
+from mmx.model.text import Params, init_params
+from mmx.train.loss import Batch, LossSums, loss_sums
+
+
+class TrainState(NamedTuple):
+    """What a step changes."""
+
+    params: Params
+    optimizer: Any
+    skipped: jax.Array  # steps so far whose gradient was not finite, int32
+
+
+class StepMetrics(NamedTuple):
+    """What a step reports; means are over its target tokens."""
+
+    loss: jax.Array  # nats a token, without the auxiliary loss
+    grad_norm: jax.Array  # global norm before clipping
+    stats: ExpertStats
+    skipped: jax.Array  # as in the state after the step
+
+
+def init_state(config: ModelConfig, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    """A fresh state, the same for the same seed on any mesh. Call it under ``jax.jit``."""
+    params = init_params(config, jax.random.key(seed))
+    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+
+
+def train_step(
+    config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    clip_norm: float,
+    micro_batches: int,
+    state: TrainState,
+    batch: Batch,
+    rate: jax.Array,
+) -> tuple[TrainState, StepMetrics]:
+    """Takes one optimizer step on a batch.
+
+    A step whose loss or gradient is not finite leaves parameters and optimizer as they were and is counted.
+
+    Args:
+      config, optimizer, micro_batches: fixed; bind them before ``jax.jit``.
+      batch: B is a multiple of ``micro_batches``.
+      rate: learning rate, fp32 scalar.
+    """
+    sums, grads = _token_sum_gradient(config, micro_batches, state.params, batch)
+    tokens = jnp.maximum(sums.tokens, 1)
+    grad_norm = optax.global_norm(grads) / tokens
+    finite = jnp.isfinite(grad_norm) & jnp.isfinite(sums.nll)
+    # Mean over tokens and clipping are one factor: the gradient is read once more, not three times.
+    clip = jnp.minimum(1.0, clip_norm / grad_norm) if clip_norm else 1.0
+    grads = jax.tree.map(lambda g: g * (clip / tokens).astype(g.dtype), grads)
+
+    updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
+    params = jax.tree.map(lambda p, u: p - (rate * u).astype(p.dtype), state.params, updates)
+    params, optimizer_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old), (params, optimizer_state), (state.params, state.optimizer)
+    )
+    skipped = state.skipped + jnp.where(finite, 0, 1)
+    stats = jax.tree.map(lambda x: x / tokens, sums.stats)
+    return TrainState(params, optimizer_state, skipped), StepMetrics(sums.nll / tokens, grad_norm, stats, skipped)
+
+
+def _token_sum_gradient(
+    config: ModelConfig, micro_batches: int, params: Params, batch: Batch
+) -> tuple[LossSums, Params]:
+    """Sums over the whole batch, and the gradient of the objective's sum, one micro-batch in memory at a time."""
+
+    def gradient(batch: Batch) -> tuple[LossSums, Params]:
+        objective = lambda params: loss_sums(config, params, batch, dropless=False)  # noqa: E731
+        (_, sums), grads = jax.value_and_grad(objective, has_aux=True)(params)
+        return sums, grads
+
+    if micro_batches == 1:
+        return gradient(batch)
+    # Rows a, a + A, a + 2A, ... make micro-batch a: the rows of each device stay on it.
+    split = functools.partial(rearrange, pattern="(b a) s -> a b s", a=micro_batches)
+    batches_ABS = jax.tree.map(split, batch)
+
+    def accumulate(total, batch):
+        return jax.tree.map(jnp.add, total, gradient(batch)), None
+
+    first, rest = jax.tree.map(lambda x: x[0], batches_ABS), jax.tree.map(lambda x: x[1:], batches_ABS)
+    return lax.scan(accumulate, gradient(first), rest)[0]

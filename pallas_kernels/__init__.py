@@ -1,0 +1,1 @@
+"""One folder per operation; each folder's ``op.py`` chooses the implementation. Imports jax and nothing of ours."""

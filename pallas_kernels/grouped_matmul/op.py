@@ -1,0 +1,62 @@
+"""Product of rows, sorted by group, with their group's matrix: the expert layers' work. And the choice of its form.
+
+Shapes: M rows, E groups, D input channels, F output channels.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.grouped_matmul.blocked import grouped_matmul_blocked
+from pallas_kernels.grouped_matmul.reference import grouped_matmul_reference
+from pallas_kernels.platform import target_platform
+
+IMPLEMENTATIONS = ("auto", "reference", "blocked", "ragged")
+
+# Least and most rows in a block of the blocked form, by target platform.
+_BLOCK = {"cpu": (128, 512), "gpu": (512, 2048), "tpu": (512, 2048)}
+
+
+def grouped_matmul(
+    x_MD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, *, implementation: str = "auto"
+) -> jax.Array:
+    """``y[m] = x[m] @ w[e]`` for the group e that row m lies in; rows beyond the last group give zero.
+
+    Args:
+      x_MD: rows, those of group 0 first.
+      w_EDF: one matrix a group.
+      group_sizes_E: int32 rows in each group; their sum is at most M.
+      implementation: "auto", or one of ``IMPLEMENTATIONS`` to force it. "ragged" is ``lax.ragged_dot``, which
+        compiles to a grouped kernel on TPU and expands densely elsewhere.
+
+    Returns:
+      y [M, F] in x's dtype, accumulated in fp32 or wider.
+
+    Raises:
+      ValueError: if shapes or dtypes do not fit, or the implementation is unknown.
+    """
+    (M, D), E = x_MD.shape, group_sizes_E.shape[0]
+    if w_EDF.ndim != 3 or w_EDF.shape[:2] != (E, D) or x_MD.dtype != w_EDF.dtype:
+        raise ValueError(
+            f"x {x_MD.shape} {x_MD.dtype} and w {w_EDF.shape} {w_EDF.dtype} do not fit {E} groups: need [M, D] and "
+            "[E, D, F] of one dtype"
+        )
+    if implementation == "auto":
+        implementation = "ragged" if target_platform() == "tpu" else "blocked"
+    if implementation == "reference":
+        return grouped_matmul_reference(x_MD, w_EDF, group_sizes_E)
+    if implementation == "blocked":
+        return grouped_matmul_blocked(x_MD, w_EDF, group_sizes_E, _block(M, E))
+    if implementation == "ragged":
+        wide = jnp.promote_types(jnp.float32, x_MD.dtype)
+        return lax.ragged_dot(x_MD, w_EDF, group_sizes_E, preferred_element_type=wide).astype(x_MD.dtype)
+    raise ValueError(f"implementation={implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+
+
+def _block(rows: int, groups: int) -> int:
+    """Rows in a block: large for speed, yet small beside a group, whose last block is half empty on average."""
+    least, most = _BLOCK[target_platform()]
+    wanted = 2 ** round(math.log2(max(rows / (8 * groups), 1)))
+    return min(rows, most, max(least, wanted))

@@ -1,0 +1,40 @@
+"""The platform that code is being traced for: "cpu", "gpu" or "tpu".
+
+Implementations and block sizes depend on where the program will run, which need not be this host: a step is
+compiled for a TPU topology on a laptop. The mesh in scope says it; without one, JAX's default device does.
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+
+import jax
+
+_NAMES = {"cpu": "cpu", "gpu": "gpu", "cuda": "gpu", "rocm": "gpu", "tpu": "tpu"}
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("target_platform", default=None)
+
+
+def target_platform() -> str:
+    """The platform of ``compile_for``, else of the mesh in scope, else of the default device."""
+    forced = _forced.get()
+    if forced is not None:
+        return forced
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.abstract_device is not None:
+        return _NAMES[mesh.abstract_device.platform]
+    device = jax.config.jax_default_device
+    if device is not None:
+        return _NAMES[device if isinstance(device, str) else device.platform]
+    return _NAMES[jax.default_backend()]
+
+
+@contextlib.contextmanager
+def compile_for(platform: str) -> Iterator[None]:
+    """Traces the code inside for ``platform``, for lowering where neither mesh nor default device tells."""
+    if platform not in _NAMES:
+        raise ValueError(f"platform {platform!r} is not one of {', '.join(sorted(_NAMES))}")
+    token = _forced.set(_NAMES[platform])
+    try:
+        yield
+    finally:
+        _forced.reset(token)

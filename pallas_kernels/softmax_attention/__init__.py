@@ -1,0 +1,6 @@
+"""Causal softmax attention with grouped key-value heads."""
+
+from pallas_kernels.softmax_attention.decode import softmax_attention_step
+from pallas_kernels.softmax_attention.op import IMPLEMENTATIONS, softmax_attention
+
+__all__ = ["IMPLEMENTATIONS", "softmax_attention", "softmax_attention_step"]

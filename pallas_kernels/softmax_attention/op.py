@@ -1,0 +1,58 @@
+"""Causal softmax attention with grouped key-value heads and packed documents, and the choice of its implementation.
+
+Shapes: B batch, S tokens, H query heads, G key-value heads, K key channels, V value channels.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.platform import target_platform
+from pallas_kernels.softmax_attention.blocked import softmax_attention_blocked
+from pallas_kernels.softmax_attention.reference import softmax_attention_reference
+
+IMPLEMENTATIONS = ("auto", "reference", "blocked")
+
+# Tokens in a block, by target platform.
+_BLOCK = {"cpu": 256, "gpu": 512, "tpu": 512}
+
+
+def softmax_attention(
+    q_BSHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGV: jax.Array,
+    *,
+    segment_ids_BS: jax.Array | None = None,
+    scale: float | None = None,
+    implementation: str = "auto",
+) -> jax.Array:
+    """Causal attention within each document; query head h reads key-value head h // (H / G).
+
+    Args:
+      q_BSHK, k_BSGK, v_BSGV: one floating dtype; H is a multiple of G.
+      segment_ids_BS: integer document ids; a document begins wherever the id changes. None: one document a row.
+      scale: of the scores, 1/sqrt(K) if None.
+      implementation: "auto", or one of ``IMPLEMENTATIONS`` to force it.
+
+    Returns:
+      o [B, S, H, V] in v's dtype. Scores, softmax and accumulation are fp32 (float64 for float64 inputs).
+
+    Raises:
+      ValueError: if shapes or dtypes do not fit, or the implementation is unknown.
+    """
+    (B, S, H, K), G = q_BSHK.shape, k_BSGK.shape[2]
+    if k_BSGK.shape != (B, S, G, K) or v_BSGV.shape[:3] != (B, S, G) or H % G:
+        raise ValueError(
+            f"q {q_BSHK.shape}, k {k_BSGK.shape} and v {v_BSGV.shape} do not fit: need [B, S, H, K], [B, S, G, K] and "
+            "[B, S, G, V] with H a multiple of G"
+        )
+    if not (q_BSHK.dtype == k_BSGK.dtype == v_BSGV.dtype and jnp.issubdtype(q_BSHK.dtype, jnp.floating)):
+        raise ValueError(f"q, k and v need one floating dtype, not {q_BSHK.dtype}, {k_BSGK.dtype}, {v_BSGV.dtype}")
+    if segment_ids_BS is not None and segment_ids_BS.shape != (B, S):
+        raise ValueError(f"segment_ids has shape {segment_ids_BS.shape}, but q needs {(B, S)}")
+    scale = K**-0.5 if scale is None else scale
+    if implementation == "reference":
+        return softmax_attention_reference(q_BSHK, k_BSGK, v_BSGV, segment_ids_BS, scale)
+    if implementation in ("auto", "blocked"):
+        block = min(_BLOCK[target_platform()], S)
+        return softmax_attention_blocked(q_BSHK, k_BSGK, v_BSGV, segment_ids_BS, scale, block)
+    raise ValueError(f"implementation={implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
