@@ -1,7 +1,7 @@
 """MiniMax-Text-01: the released shapes with the report's pre-training recipe (arXiv 2501.08313, sections 2 and 4).
 
 456,089,655,296 parameters. What the report does not print, and this recipe therefore chooses: AdamW's eps and clipping
-(mmx.config.OptimizerConfig), the capacity factor, and that the plateaus follow each other (7.2T tokens at the peak rate,
+(mmx.config.OptimizerConfig), the capacity factor, and that the plateaus follow each other (7.2T tokens at the peak,
 then 3.2T at 1.3e-4, then 1T of decay). The report's batch grows from 16M tokens to 32M, 64M and 128M as the loss falls;
 this recipe has 16M throughout.
 

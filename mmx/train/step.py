@@ -3,18 +3,17 @@
 Shapes: A micro-batches, B batch, S tokens.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from einops import rearrange
 from jax import lax
 
 from mmx.config import ModelConfig
 from mmx.model.experts import ExpertStats
 from mmx.model.text import Params, init_params
+from mmx.parallel import constrain
 from mmx.train.loss import Batch, LossSums, loss_sums
 
 
@@ -61,7 +60,7 @@ def train_step(
     """
     sums, grads = _token_sum_gradient(config, micro_batches, state.params, batch)
     tokens = jnp.maximum(sums.tokens, 1)
-    grad_norm = optax.global_norm(grads) / tokens
+    grad_norm = optax.tree.norm(grads) / tokens
     finite = jnp.isfinite(grad_norm) & jnp.isfinite(sums.nll)
     # Mean over tokens and clipping are one factor: the gradient is read once more, not three times.
     clip = jnp.minimum(1.0, clip_norm / grad_norm) if clip_norm else 1.0
@@ -90,11 +89,16 @@ def _token_sum_gradient(
     if micro_batches == 1:
         return gradient(batch)
     # Rows a, a + A, a + 2A, ... make micro-batch a: the rows of each device stay on it.
-    split = functools.partial(rearrange, pattern="(b a) s -> a b s", a=micro_batches)
-    batches_ABS = jax.tree.map(split, batch)
+    batches_ABS = jax.tree.map(lambda x_BS: _split_rows(x_BS, micro_batches), batch)
 
     def accumulate(total, batch):
         return jax.tree.map(jnp.add, total, gradient(batch)), None
 
     first, rest = jax.tree.map(lambda x: x[0], batches_ABS), jax.tree.map(lambda x: x[1:], batches_ABS)
     return lax.scan(accumulate, gradient(first), rest)[0]
+
+
+def _split_rows(x_BS: jax.Array, micro_batches: int) -> jax.Array:
+    """[B, S] to [A, B / A, S], the B / A split over devices as B was."""
+    parts = (x_BS[row::micro_batches] for row in range(micro_batches))
+    return constrain(jnp.stack([constrain(part, "batch", "sequence") for part in parts]), None, "batch", "sequence")

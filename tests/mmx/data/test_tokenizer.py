@@ -1,0 +1,60 @@
+"""Byte-level BPE: exact round trips, special tokens, sizes in bytes."""
+
+import pytest
+
+from mmx.config import ConfigError
+from mmx.data.tokenizer import SMALLEST_VOCABULARY, SPECIAL_TOKENS, Tokenizer
+
+TEXTS = ["def main():\n    return 'naïve ☃'\n", "    x = 1\n\n\n", "привет, мир", "\x00\x7f\t tabs"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(TEXTS * 5, 320)
+
+
+def test_round_trip(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "tokenizer.json")
+    for each in (tokenizer, Tokenizer.load(tmp_path / "tokenizer.json")):
+        for text in [*TEXTS, "unseen: 你好 \U0001f600", ""]:
+            assert each.decode(each.encode(text)) == text
+        assert each.encode_batch(TEXTS) == [each.encode(text) for text in TEXTS]
+
+
+def test_bytes_of_tokens_add_up(tokenizer):
+    sizes = tokenizer.token_bytes()
+    for text in TEXTS:
+        ids = tokenizer.encode(text)
+        assert sizes[ids].sum() == len(text.encode())
+        assert b"".join(tokenizer.token_text(i) for i in ids) == text.encode()
+    assert sizes[tokenizer.end_of_document] == 0
+    assert tokenizer.token_text(tokenizer.end_of_document) == b""
+    assert tokenizer.token_text(tokenizer.vocab_size + 5) == b""
+
+
+def test_special_tokens_come_last_and_are_not_read_from_text(tokenizer):
+    assert tokenizer.vocab_size <= 320
+    assert tokenizer.end_of_document >= tokenizer.vocab_size - len(SPECIAL_TOKENS)
+    ids = tokenizer.encode("a <end_of_document> b")
+    assert tokenizer.end_of_document not in ids
+    assert tokenizer.decode(ids) == "a <end_of_document> b"
+    assert tokenizer.decode([tokenizer.begin_of_document, *tokenizer.encode("x"), tokenizer.end_of_document]) == "x"
+
+
+def test_released_size_is_possible():
+    # With too little text for so many merges the tokenizer is smaller, and still works.
+    tokenizer = Tokenizer.train(TEXTS, 200_064)
+    assert SMALLEST_VOCABULARY < tokenizer.vocab_size <= 200_064
+    assert tokenizer.decode(tokenizer.encode(TEXTS[0])) == TEXTS[0]
+
+
+def test_mistakes_are_named(tmp_path):
+    with pytest.raises(ConfigError, match="vocab_size=100 is too small"):
+        Tokenizer.train(TEXTS, 100)
+    with pytest.raises(ConfigError, match="cannot read the tokenizer"):
+        Tokenizer.load(tmp_path / "tokenizer.json")
+    import tokenizers
+
+    tokenizers.Tokenizer(tokenizers.models.BPE()).save(str(tmp_path / "other.json"))
+    with pytest.raises(ConfigError, match="lacks <begin_of_document>"):
+        Tokenizer.load(tmp_path / "other.json")
