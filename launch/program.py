@@ -13,7 +13,7 @@ from ml_collections import config_flags
 
 from mmx.config import ConfigError, Run, check_field
 
-USAGE_ERROR = 2
+MISTAKE = 1
 
 
 def define_config(default: str | None = None) -> flags.FlagHolder:
@@ -24,7 +24,7 @@ def define_config(default: str | None = None) -> flags.FlagHolder:
 
 
 def main(run: Callable[[], int | None]) -> None:
-    """Parses the flags, calls ``run`` and exits with what it returns; mistakes are one sentence and status 2."""
+    """Parses the flags, calls ``run`` and exits with what it returns; mistakes are one sentence and status 1."""
 
     def start(argv: Sequence[str]) -> int | None:
         with _one_sentence():
@@ -85,4 +85,4 @@ def _one_sentence() -> Iterator[None]:
 def _fail(message: str) -> None:
     sys.stdout.flush()
     print(f"error: {message}", file=sys.stderr)
-    sys.exit(USAGE_ERROR)
+    sys.exit(MISTAKE)

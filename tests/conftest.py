@@ -7,7 +7,8 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Code that runs for microseconds is not worth optimising: compiling is what takes the time here.
 os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    "--xla_force_host_platform_device_count=4 "
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
 # Workers, and programs that the tests start, compile each program once.
 CACHE = Path(__file__).parent.parent / ".pytest_cache" / "jax"

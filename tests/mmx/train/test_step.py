@@ -78,7 +78,7 @@ def test_accumulation_weighs_every_token_alike():
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-7)
 
 
-@pytest.mark.parametrize("clip_norm", [0.0, 0.1])
+@pytest.mark.parametrize("clip_norm", [pytest.param(0.0, marks=pytest.mark.slow), 0.1])
 def test_update_is_adamw(clip_norm):
     config = tiny(aux_loss_coefficient=0.0)
     batch, state = packed_batch(), fresh_state(config)
@@ -119,26 +119,16 @@ def test_non_finite_step_changes_nothing_and_is_counted():
     assert any((a != b).any() for a, b in zip(jax.tree.leaves(later), jax.tree.leaves(after), strict=True))
 
 
-MESHES = {
-    "fsdp 2": MeshConfig(fsdp=2),
-    "replica 2": MeshConfig(replica=2),
-    "fsdp 4": MeshConfig(fsdp=4),
-    "replica 2 x fsdp 2": MeshConfig(replica=2, fsdp=2),
-}
-
-
-@functools.cache
-def run_on_mesh(name: str | None, remat: str = "none"):
+def run_on_mesh(sizes: MeshConfig | None, remat: str = "none"):
     """Two steps and an evaluation on a mesh; None is a single device without one."""
     config = tiny(remat=remat)
     with contextlib.ExitStack() as stack:
-        if name is not None:
-            sizes = MESHES[name]
+        if sizes is not None:
             stack.enter_context(jax.set_mesh(build_mesh(sizes, jax.devices()[: sizes.replica * sizes.fsdp])))
         optimizer = build_optimizer(OPTIMIZER)
         state = jax.jit(functools.partial(init_state, config, optimizer, 0))()
         batch = packed_batch()
-        if name is not None:
+        if sizes is not None:
             batch = jax.tree.map(
                 lambda x: jax.device_put(x, jax.P(("replica", "fsdp", "expert", "expert_tensor"))), batch
             )
@@ -155,12 +145,25 @@ def run_on_mesh(name: str | None, remat: str = "none"):
     return losses, tuple(heldout), load, split
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
-@pytest.mark.parametrize("name", MESHES)
-def test_same_numbers_on_a_mesh(name, remat):
-    want_losses, want_heldout, want_load, _ = run_on_mesh(None)
-    losses, heldout, load, split = run_on_mesh(name, remat)
+@pytest.fixture(scope="module")
+def single_device():
+    return run_on_mesh(None)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "remat"),
+    [
+        (MeshConfig(fsdp=2), "full"),
+        (MeshConfig(replica=2, fsdp=2), "none"),
+        pytest.param(MeshConfig(replica=2), "none", marks=pytest.mark.slow),
+        pytest.param(MeshConfig(fsdp=4), "none", marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_same_numbers_on_a_mesh(single_device, sizes, remat):
+    want_losses, want_heldout, want_load, _ = single_device
+    losses, heldout, load, split = run_on_mesh(sizes, remat)
     np.testing.assert_allclose(losses, want_losses, rtol=2e-4)
     np.testing.assert_allclose(heldout, want_heldout, rtol=2e-4)
     np.testing.assert_allclose(load, want_load, atol=0.05)  # A near tie may route one token of 50 elsewhere.
-    assert split.shard_shape((2, 2, 24, 4, 8))[2] == 24 // MESHES[name].fsdp
+    assert split.shard_shape((2, 2, 24, 4, 8))[2] == 24 // sizes.fsdp
