@@ -14,6 +14,7 @@ from absl import flags
 from launch import program
 
 _CONFIG = program.define_config()
+flags.declare_key_flag("config")
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder for checkpoints, metrics and the resolved config.", required=True
 )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from absl import app, flags, logging
@@ -36,25 +38,50 @@ def main(run: Callable[[], int | None]) -> None:
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
-    # Libraries log progress of their own at lower levels; --verbosity brings it back.
-    if not any(argument.lstrip("-").startswith(("verbosity", "v=")) for argument in argv):
-        logging.set_verbosity(logging.ERROR)
     with _one_sentence():
         overrides = [argument for argument in argv if argument.lstrip("-").startswith("config.")]
-        if overrides and "config" in flags.FLAGS:
-            _check_overrides(argv, overrides)
-        return app.parse_flags_with_usage(list(argv))
+        if "config" in flags.FLAGS:
+            _check_config(argv, overrides)
+        try:
+            rest = flags.FLAGS(list(argv))
+        except SystemExit:
+            sys.exit(0)  # Only --help and its kin leave here, and absl calls that a failure.
+        except flags.Error as error:
+            raise ConfigError(_FLAG_MISSING.sub(r"--\1 is missing", str(error))) from None
+    # Libraries log progress of their own at lower levels; --verbosity brings it back.
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.ERROR)
+    return rest
 
 
-def _check_overrides(argv: Sequence[str], overrides: Sequence[str]) -> None:
-    """ml_collections answers an unknown field with a bare KeyError; this names it and suggests the nearest."""
-    given = any(argument.lstrip("-").startswith("config=") for argument in argv)
-    if not given and flags.FLAGS["config"].default is None:
+# How absl words a required flag that was not given.
+_FLAG_MISSING = re.compile(r"^flag --(\w+)=None: .*")
+
+
+def _check_config(argv: Sequence[str], overrides: Sequence[str]) -> None:
+    """ml_collections answers a missing file or an unknown field with a traceback; this says what to change."""
+    paths = [argument.partition("=")[2] for argument in argv if argument.lstrip("-").startswith("config=")]
+    if not paths and overrides and flags.FLAGS["config"].default is None:
         raise ConfigError("--config is missing: give a file, as in --config=configs/quickstart.py")
-    app.parse_flags_with_usage([argument for argument in argv if argument not in overrides])
+    for path in paths:
+        file = Path(path.partition(":")[0])
+        if not file.is_file():
+            known = ", ".join(sorted(str(other) for other in Path("configs").glob("[!_]*.py")))
+            raise ConfigError(f"--config={path}: no such file" + (f"; there are {known}" if known else ""))
+    if not overrides:
+        return
+    plain = [argument for argument in argv if argument not in overrides]
+    given_argv, sys.argv = sys.argv, plain  # The config flag looks for its overrides there.
+    try:
+        flags.FLAGS(plain, known_only=True)
+    finally:
+        sys.argv = given_argv
     config: Any = flags.FLAGS["config"].value
     for override in overrides:
-        check_field(config, override.lstrip("-").removeprefix("config.").split("=")[0])
+        name, has_value, _ = override.lstrip("-").removeprefix("config.").partition("=")
+        check_field(config, name)
+        if not has_value:
+            raise ConfigError(f"{override}: write the value behind an equals sign, as in --config.{name}=VALUE")
     flags.FLAGS.unparse_flags()
 
 

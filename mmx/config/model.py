@@ -4,8 +4,6 @@ Defaults are a small hybrid, not the released model: ``configs/minimax_text_01.p
 Sources: MiniMax-01 report (arXiv 2501.08313) sections 2 and 5, and the released config.json.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 from mmx.config.errors import ConfigError

@@ -5,8 +5,6 @@ Files in ``configs/`` build a ``Run``; launchers override single fields with ``-
 overrides and before anything is written.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 
