@@ -24,3 +24,12 @@ def float64():
     """64-bit arithmetic, so that agreement can be asked for to almost the last digit."""
     with jax.enable_x64(True):
         yield
+
+
+def pytest_addoption(parser):
+    parser.addoption("--write-golden", action="store_true", help="renew tests/golden after an intended change")
+
+
+@pytest.fixture
+def write_golden(request) -> bool:
+    return request.config.getoption("--write-golden")

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding
 
 from mmx.config import ConfigError, Run, save_json
 from mmx.data.loader import PreparedData, Share
@@ -29,7 +29,7 @@ from mmx.train.loss import Batch
 from mmx.train.metrics import MetricsWriter
 from mmx.train.optimizer import build_optimizer
 from mmx.train.schedule import learning_rate
-from mmx.train.step import StepMetrics, TrainState, init_state, train_step
+from mmx.train.step import StepMetrics, TrainState, abstract_state, init_state, train_step
 from mmx.train.stop import StopRequest, stop_on_signals
 from mmx.train.throughput import document_lengths, utilisation
 
@@ -96,7 +96,7 @@ class _Session:
                 console.say(f"already at step {progress.step}: raise train.steps to go on")
                 return Outcome(progress.step, None, None)
             self._write_workdir()
-            metrics = MetricsWriter(self._workdir, progress.step) if self._share.index == 0 else None
+            metrics = MetricsWriter(self._workdir, progress.step or None) if self._share.index == 0 else None
             try:
                 return self._train(state, progress, checkpoints, metrics)
             finally:
@@ -107,23 +107,14 @@ class _Session:
 
     def _restore_or_start(self, checkpoints: Checkpoints) -> tuple[TrainState, Progress]:
         run = self._run
-        init = functools.partial(init_state, run.model, self._optimizer, run.train.seed)
-        abstract = jax.tree.map(self._placed, jax.eval_shape(init))
-        restored = checkpoints.restore(run.model, abstract)
+        restored = checkpoints.restore(run.model, abstract_state(run.model, self._optimizer))
         if restored is not None:
             state, progress = restored
             self._batches.set_state(progress.data)
             self._console.say(f"resuming from step {progress.step}")
             return state, progress
+        init = functools.partial(init_state, run.model, self._optimizer, run.train.seed)
         return jax.jit(init)(), Progress(step=0, tokens=0, data=self._batches.get_state())
-
-    def _placed(self, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        """The abstract array on the devices that hold it."""
-        if self._mesh is None:
-            sharding = SingleDeviceSharding(jax.devices()[0])
-        else:
-            sharding = NamedSharding(self._mesh, x.sharding.spec)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     def _write_workdir(self) -> None:
         if self._share.index == 0:

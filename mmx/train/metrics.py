@@ -26,15 +26,16 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
 class MetricsWriter:
     """Appends rows, one JSON object a line, each on disk before the next step's is written."""
 
-    def __init__(self, workdir: Path, resumed_step: int):
-        """Rows after ``resumed_step`` are dropped: those steps are taken again."""
+    def __init__(self, workdir: Path, resumed_step: int | None):
+        """Rows after ``resumed_step`` are dropped: those steps are taken again. None: the run starts from nothing."""
         path = workdir / METRICS
-        kept = [row for row in read_metrics(workdir) if row["step"] <= resumed_step]
+        first_step = 0 if resumed_step is None else resumed_step + 1
+        kept = [row for row in read_metrics(workdir) if row["step"] < first_step]
         partial = path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
         partial.replace(path)
         self._file = path.open("a")
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resumed_step + 1, flush_secs=10)
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step, flush_secs=10)
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends a row, which has a ``step``; its scalars also go to TensorBoard."""

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from mmx.config import ModelConfig
 from mmx.model.experts import ExpertStats
@@ -38,6 +39,21 @@ def init_state(config: ModelConfig, optimizer: optax.GradientTransformation, see
     """A fresh state, the same for the same seed on any mesh. Call it under ``jax.jit``."""
     params = init_params(config, jax.random.key(seed))
     return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+
+
+def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation) -> TrainState:
+    """Shapes and dtypes of a state, and where its arrays lie: on the mesh in scope, or on the first device."""
+    shapes = jax.eval_shape(lambda: init_state(config, optimizer, seed=0))
+    mesh = jax.sharding.get_mesh()
+
+    def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        if mesh.empty:
+            sharding = SingleDeviceSharding(jax.devices()[0])
+        else:
+            sharding = NamedSharding(mesh, jax.P() if x.sharding is None else x.sharding.spec)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return jax.tree.map(place, shapes)
 
 
 def train_step(

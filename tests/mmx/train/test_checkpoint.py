@@ -1,0 +1,113 @@
+"""Checkpoints: what is saved comes back, what is damaged is named and skipped, what does not fit is refused."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from mmx.config import CheckpointConfig, ConfigError, MeshConfig, OptimizerConfig
+from mmx.parallel import build_mesh
+from mmx.train.checkpoint import Checkpoints, Progress, load_params
+from mmx.train.optimizer import build_optimizer
+from mmx.train.step import TrainState, abstract_state, init_state
+from tests.tiny import TINY, tiny
+
+OPTIMIZER = build_optimizer(OptimizerConfig())
+
+
+@pytest.fixture(scope="module")
+def state() -> TrainState:
+    return jax.jit(functools.partial(init_state, TINY, OPTIMIZER, 0))()
+
+
+def progress(step: int) -> Progress:
+    return Progress(step=step, tokens=100 * step, data={"global_next_index": 8 * step})
+
+
+@pytest.fixture
+def saved(tmp_path, state):
+    """A folder with steps 1 and 2, whose skipped counters are 1 and 2."""
+    checkpoints = Checkpoints(tmp_path / "checkpoints", CheckpointConfig(keep=2), print)
+    for step in (1, 2):
+        checkpoints.save(TINY, state._replace(skipped=np.int32(step)), progress(step))
+    checkpoints.close()
+    return tmp_path / "checkpoints"
+
+
+def open_again(folder, log=print) -> Checkpoints:
+    return Checkpoints(folder, CheckpointConfig(keep=2), log)
+
+
+def test_round_trip(saved, state):
+    restored, where = open_again(saved).restore(TINY, abstract_state(TINY, OPTIMIZER))
+    assert where == progress(2)
+    assert restored.skipped == 2
+    for a, b in zip(jax.tree.leaves(restored.params), jax.tree.leaves(state.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert a.dtype == b.dtype
+
+
+def test_restores_onto_a_mesh(saved, state):
+    with jax.set_mesh(build_mesh(MeshConfig(fsdp=2), jax.devices()[:2])):
+        restored, _ = open_again(saved).restore(TINY, abstract_state(TINY, OPTIMIZER))
+    for a, b in zip(jax.tree.leaves(restored.params), jax.tree.leaves(state.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+    query = restored.params["runs"]["0_lightning"]["attention"]["query"]
+    assert query.addressable_shards[0].data.size == query.size // 2
+
+
+def largest_file(folder):
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "removed", "no progress"])
+def test_damaged_checkpoint_is_named_and_skipped(saved, state, damage):
+    victim = largest_file(saved / "2")
+    if damage == "truncated":
+        with victim.open("r+b") as file:
+            file.truncate(victim.stat().st_size // 2)
+    elif damage == "removed":
+        victim.unlink()
+    else:
+        (saved / "2" / "progress" / "metadata").write_text("{")
+    said = []
+    checkpoints = open_again(saved, said.append)
+    restored, where = checkpoints.restore(TINY, abstract_state(TINY, OPTIMIZER))
+    assert where == progress(1)
+    assert restored.skipped == 1
+    assert len(said) == 1
+    assert str(saved / "2") in said[0]
+    assert (saved.parent / "checkpoints-damaged" / "2").is_dir()
+    # The step can be saved anew.
+    checkpoints.save(TINY, state, progress(2))
+    checkpoints.close()
+    assert open_again(saved).latest == 2
+
+
+def test_half_written_checkpoint_is_no_checkpoint(saved, state):
+    # What a kill in the middle of a save leaves: Orbax's temporary folder.
+    (saved / "3.orbax-checkpoint-tmp").mkdir()
+    assert open_again(saved).restore(TINY, abstract_state(TINY, OPTIMIZER))[1] == progress(2)
+
+
+def test_no_checkpoint(tmp_path, state):
+    assert open_again(tmp_path / "none").restore(TINY, abstract_state(TINY, OPTIMIZER)) is None
+
+
+def test_another_model_is_refused(saved, state):
+    other = tiny(num_experts=8)
+    with pytest.raises(ConfigError, match=r"num_experts=4 and this run has 8"):
+        open_again(saved).restore(other, abstract_state(TINY, OPTIMIZER))
+    assert (saved / "2").is_dir()
+
+
+def test_load_params(saved, state):
+    config, params = load_params(saved)
+    assert config == TINY
+    jax.tree.map(np.testing.assert_array_equal, params, state.params)
+    load_params(saved, 1)
+    with pytest.raises(ConfigError, match="no checkpoint of step 7"):
+        load_params(saved, 7)
+    with pytest.raises(ConfigError, match="no checkpoint"):
+        load_params(saved.parent / "nothing")
