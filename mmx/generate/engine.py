@@ -62,7 +62,7 @@ def generate(
     padding_B = P - lengths_B
     tokens_BP = np.stack([np.pad(prompt, (pad, 0)) for prompt, pad in zip(prompts, padding_B, strict=True)])
 
-    prefill, step = _compiled(dataclasses.replace(config))
+    prefill, step = prefill_and_step(dataclasses.replace(config))
     logits_BV, cache = prefill(params, jnp.asarray(tokens_BP, jnp.int32), jnp.asarray(padding_B), T)
     choose = jax.jit(sample)
     key = jax.random.key(seed)
@@ -84,8 +84,8 @@ def generate(
 
 
 @functools.cache
-def _compiled(config: ModelConfig) -> tuple[Any, Any]:
-    """The jitted prefill and step of a configuration."""
+def prefill_and_step(config: ModelConfig) -> tuple[Any, Any]:
+    """The jitted functions that ``generate`` alternates between; their own docstrings say what they take."""
 
     @functools.partial(jax.jit, static_argnums=3)
     def prefill(params, tokens_BP, padding_B, slots):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mmx.generate import generate
-from mmx.generate.engine import _compiled
+from mmx.generate.engine import prefill_and_step
 from mmx.model.text import init_params
 from mmx.pretrained import Model
 from tests.tiny import TINY, params, tiny, tokens
@@ -28,7 +28,7 @@ def test_prefill_and_cached_steps_equal_teacher_forcing(name):
     weights = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))  # Logits of the size of 1.
     rows, prompt, padding = tokens(2, 45), 32, jnp.zeros(2, jnp.int32)
     want = teacher_forced(config, weights, rows)
-    prefill, step = _compiled(config)
+    prefill, step = prefill_and_step(config)
     logits, cache = prefill(weights, jnp.asarray(rows[:, :prompt]), padding, 128)
     np.testing.assert_allclose(logits, want[:, prompt - 1], atol=1e-5, rtol=0)
     for place in range(prompt, rows.shape[1]):
