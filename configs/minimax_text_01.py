@@ -5,7 +5,7 @@
 then 3.2T at 1.3e-4, then 1T of decay). The report's batch grows from 16M tokens to 32M, 64M and 128M as the loss falls;
 this recipe has 16M throughout.
 
-  python -m launch.pretrain --config=configs/minimax_text_01.py --workdir=gs://bucket/run --config.mesh.fsdp=-1
+  python -m launch.pretrain --config=configs/minimax_text_01.py --workdir=/shared/runs/text_01 --config.mesh.fsdp=-1
 """
 
 from mmx.config import (
