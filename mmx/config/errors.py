@@ -7,7 +7,7 @@ from collections.abc import Iterable
 class ConfigError(ValueError):
     """A setting, a path or a file that cannot work; the message says what to change.
 
-    Launchers print the message alone, without a traceback, and exit with status 2.
+    Launchers print the message alone, without a traceback, and exit with status 1.
     """
 
 

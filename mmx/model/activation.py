@@ -1,27 +1,31 @@
-"""Gated activations. Shapes: ... leading dimensions, F channels."""
+"""Activations. Their backward passes keep nothing but their inputs: recomputing is cheaper than memory traffic.
+
+Shapes: ... leading dimensions, F channels.
+"""
+
+import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+
+# Inside a scan over layers nothing outside the layer could be merged with the recomputation.
+_keep_inputs = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
-@jax.custom_vjp
+@_keep_inputs
+def silu(x: jax.Array) -> jax.Array:
+    """x * sigmoid(x)."""
+    return jax.nn.silu(x)
+
+
+@_keep_inputs
+def sigmoid_gate(x: jax.Array, gate: jax.Array) -> jax.Array:
+    """x * sigmoid(gate)."""
+    return x * jax.nn.sigmoid(gate)
+
+
+@_keep_inputs
 def swiglu(gate_up: jax.Array) -> jax.Array:
-    """silu(gate) * up, for gate and up side by side [..., 2F]. Keeps nothing but its input for the backward pass."""
+    """silu(gate) * up, for gate and up side by side [..., 2F]."""
     gate, up = jnp.split(gate_up, 2, axis=-1)
     return jax.nn.silu(gate) * up
-
-
-def _forward(gate_up):
-    return swiglu(gate_up), gate_up
-
-
-def _backward(gate_up, dy):
-    gate, up = jnp.split(gate_up, 2, axis=-1)
-    sigmoid = lax.logistic(gate)
-    silu = gate * sigmoid
-    dgate = dy * up * (sigmoid + silu * (1 - sigmoid))
-    return (jnp.concatenate([dgate, dy * silu], axis=-1),)
-
-
-swiglu.defvjp(_forward, _backward)

@@ -3,6 +3,7 @@
 Shapes: B batch, S tokens, D hidden, E experts, F expert hidden, J chosen experts a token, T tokens, M rows.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -78,7 +79,13 @@ def _run_experts(x, experts_J, weights_J, gate_up_ED2F, down_EFD, *, capacity_fa
     capacity = math.ceil(capacity_factor * T * J / E) if capacity_factor else None
     dispatch = plan_dispatch(experts_TJ, E, capacity)
     rows_MD = rows_from_tokens(x_TD, dispatch)
-    hidden_M2F = grouped_matmul(rows_MD, rearrange(gate_up_ED2F, "e d two f -> e d (two f)"), dispatch.group_sizes_E)
+    hidden_M2F = _expand(rows_MD, gate_up_ED2F, dispatch.group_sizes_E)
     rows_MD = grouped_matmul(swiglu(hidden_M2F), down_EFD, dispatch.group_sizes_E)
     y_TD = tokens_from_rows(rows_MD, weights_TJ, dispatch).astype(x.dtype)
     return y_TD.reshape(x.shape), dispatch.kept_TJ.reshape(experts_J.shape)
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def _expand(rows_MD: jax.Array, gate_up_ED2F: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
+    # Checkpointed so that the weights are kept as they came in: a scan over layers would copy their reshaped form.
+    return grouped_matmul(rows_MD, rearrange(gate_up_ED2F, "e d two f -> e d (two f)"), group_sizes_E)

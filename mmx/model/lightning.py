@@ -9,6 +9,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from mmx.config import ModelConfig
+from mmx.model.activation import sigmoid_gate, silu
 from mmx.model.linear import linear
 from mmx.model.norm import RMSNorm
 from mmx.model.parameters import deepnorm_gain, weight, xavier
@@ -65,10 +66,10 @@ class LightningAttention(nnx.Module):
         return self._finish(x_BD, o_BHK), state_BHKK
 
     def _project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        q, k, v = (jax.nn.silu(linear(x, weight(param, x.dtype))) for param in (self.query, self.key, self.value))
+        q, k, v = (silu(linear(x, weight(param, x.dtype))) for param in (self.query, self.key, self.value))
         return q, k, v
 
     def _finish(self, x: jax.Array, o: jax.Array) -> jax.Array:
-        gate = jax.nn.sigmoid(linear(x, weight(self.gate, x.dtype)))
+        gate = linear(x, weight(self.gate, x.dtype))
         normed = self.norm(o.reshape(*o.shape[:-2], -1)).reshape(o.shape)
-        return linear(normed * gate, weight(self.out, x.dtype), contract=2)
+        return linear(sigmoid_gate(normed, gate), weight(self.out, x.dtype), contract=2)

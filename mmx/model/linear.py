@@ -6,6 +6,7 @@ with a leading dimension of 1 thirty times slower (BUILD_NOTES.md). On a mesh th
 may be split over different axes.
 """
 
+import functools
 import math
 
 import jax
@@ -21,6 +22,12 @@ def merge_leading(x: jax.Array, keep: int = 1) -> jax.Array:
 
 def linear(x: jax.Array, weight: jax.Array, contract: int = 1) -> jax.Array:
     """Contracts the last ``contract`` dimensions of x with the first of ``weight``."""
+    return _product(x, weight, contract)
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
+def _product(x: jax.Array, weight: jax.Array, contract: int) -> jax.Array:
+    # Checkpointed so that the operands are kept as they came in: a scan over layers would copy their reshaped forms.
     inner = math.prod(weight.shape[:contract])
     leading = x.shape[: x.ndim - contract]
     rows = merge_leading(x.reshape(*leading, inner))

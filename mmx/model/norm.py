@@ -1,5 +1,7 @@
 """RMSNorm. Shapes: ... any leading dimensions, D channels."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -18,7 +20,13 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalises the last dimension; same shape and dtype."""
-        rows = merge_leading(x)
-        wide = rows.astype(jnp.promote_types(jnp.float32, x.dtype))
-        wide = wide * lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return (wide.astype(x.dtype) * weight(self.scale, x.dtype)).reshape(x.shape)
+        return _normalise(x, weight(self.scale, x.dtype), self.eps)
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
+def _normalise(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
+    # Checkpointed: the backward pass keeps the input alone.
+    rows = merge_leading(x)
+    wide = rows.astype(jnp.promote_types(jnp.float32, x.dtype))
+    wide = wide * lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return (wide.astype(x.dtype) * scale_D).reshape(x.shape)

@@ -46,7 +46,7 @@ def gather_weight(weight: jax.Array, axes: LogicalAxes) -> jax.Array:
 
     The gradient flows back as a reduce-scatter to the layout at rest (FSDP).
     """
-    return checkpoint_name(constrain(weight, *axes), GATHERED_WEIGHT)
+    return weight if _no_mesh() else checkpoint_name(constrain(weight, *axes), GATHERED_WEIGHT)
 
 
 def island(function: Callable, in_axes: Sequence[LogicalAxes | None], out_axes: Any) -> Callable:

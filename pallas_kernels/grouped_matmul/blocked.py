@@ -1,14 +1,17 @@
-"""Grouped matrix product as a loop over (group, block of rows) items, in plain JAX: any backend, no padding of groups.
+"""Grouped matrix product as loops over (group, block of rows) items, in plain JAX: any backend, no padding of groups.
 
 ``lax.ragged_dot`` expands densely on CPU and GPU, E times the work. Here each item is one dense product of R rows with
 one group's matrix, and the number of items is decided at run time: groups without rows cost nothing, their matrices are
-not even read. A group's last block reaches into the next group's rows; what it writes there is overwritten, because
-items run in the order of the groups.
+not even read. A first loop takes each group's large blocks, which are full. A second takes what is left in small
+blocks; the last of a group reaches into rows that are not the group's, and leaves those as they are.
 
 Shapes: M rows sorted by group, E groups, D input channels, F output channels, R rows in a block.
 """
 
+from __future__ import annotations
+
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -16,81 +19,92 @@ import jax.numpy as jnp
 from jax import lax
 
 
+class Blocks(NamedTuple):
+    """Rows in a large and in a small block, neither more than M."""
+
+    large: int
+    small: int
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def grouped_matmul_blocked(x_MD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, block: int) -> jax.Array:
-    """Grouped product; ``op.py`` states the contract. ``block`` is R."""
-    return _product(x_MD, w_EDF, group_sizes_E, block, transposed=False)
+def grouped_matmul_blocked(x_MD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, blocks: Blocks) -> jax.Array:
+    """Grouped product; ``op.py`` states the contract."""
+    return _product(x_MD, w_EDF, group_sizes_E, blocks, transposed=False)
 
 
-def _forward(x_MD, w_EDF, group_sizes_E, block):
-    return grouped_matmul_blocked(x_MD, w_EDF, group_sizes_E, block), (x_MD, w_EDF, group_sizes_E)
+def _forward(x_MD, w_EDF, group_sizes_E, blocks):
+    return grouped_matmul_blocked(x_MD, w_EDF, group_sizes_E, blocks), (x_MD, w_EDF, group_sizes_E)
 
 
-def _backward(block, residuals, dy_MF):
+def _backward(blocks, residuals, dy_MF):
     x_MD, w_EDF, group_sizes_E = residuals
-    dx_MD = _product(dy_MF, w_EDF, group_sizes_E, block, transposed=True)
-    return dx_MD, _outer(x_MD, dy_MF, group_sizes_E, block).astype(w_EDF.dtype), None
+    dx_MD = _product(dy_MF, w_EDF, group_sizes_E, blocks, transposed=True)
+    return dx_MD, _outer(x_MD, dy_MF, group_sizes_E, blocks).astype(w_EDF.dtype), None
 
 
 grouped_matmul_blocked.defvjp(_forward, _backward)
 
 
-class _Items(NamedTuple):
-    """The work list: item n is block ``n - first_E[e]`` of the group e that contains it."""
+def _fold(
+    group_sizes_E: jax.Array,
+    num_rows: int,
+    blocks: Blocks,
+    step: Callable[[jax.Array, jax.Array, jax.Array, int, jax.Array | None], jax.Array],
+    result: jax.Array,
+) -> jax.Array:
+    """Folds ``step(result, group, first row, R, mine_R1)`` over all blocks of rows.
 
-    ends_E: jax.Array  # items up to and including each group
-    first_E: jax.Array
-    row_E: jax.Array  # first row of each group
-    row_end_E: jax.Array
+    ``mine_R1`` marks the block's rows that are the group's and that no other block has; None means all of them.
+    """
+    end_E = jnp.cumsum(group_sizes_E)
+    full_E = group_sizes_E // blocks.large
+    rest_E = group_sizes_E - full_E * blocks.large
+    partial_E = (rest_E + blocks.small - 1) // blocks.small
 
-    @classmethod
-    def of(cls, group_sizes_E: jax.Array, block: int) -> "_Items":
-        blocks_E = (group_sizes_E + block - 1) // block
-        ends_E, row_end_E = jnp.cumsum(blocks_E), jnp.cumsum(group_sizes_E)
-        return cls(ends_E, ends_E - blocks_E, row_end_E - group_sizes_E, row_end_E)
+    def run(result, size, count_E, first_E, is_full):
+        until_E = jnp.cumsum(count_E)
 
-    def locate(self, n: jax.Array, block: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Group of item n, its first row, and which of its R rows are the group's, as a [R, 1] mask."""
-        e = jnp.sum(self.ends_E <= n)
-        row = self.row_E[e] + (n - self.first_E[e]) * block
-        return e, row, (row + jnp.arange(block) < self.row_end_E[e])[:, None]
+        def item(n, result):
+            e = jnp.sum(until_E <= n)
+            first = first_E[e] + (n - (until_E - count_E)[e]) * size
+            if is_full:
+                return step(result, e, first, size, None)
+            # Near the end of the rows the block starts earlier, so that it still has R of them.
+            row = jnp.minimum(first, num_rows - size)
+            index_R = row + jnp.arange(size)
+            return step(result, e, row, size, ((index_R >= first) & (index_R < end_E[e]))[:, None])
 
-    def run(self, step, result: jax.Array) -> jax.Array:
-        """Folds ``step(n, result)`` over all items."""
-        return lax.fori_loop(0, self.ends_E[-1], step, result)
+        return lax.fori_loop(0, until_E[-1], item, result)
+
+    result = run(result, blocks.large, full_E, end_E - group_sizes_E, True)
+    return run(result, blocks.small, partial_E, end_E - rest_E, False)
 
 
-def _product(x_MD, w_EDF, group_sizes_E, block, *, transposed: bool) -> jax.Array:
+def _product(x_MD, w_EDF, group_sizes_E, blocks, *, transposed: bool) -> jax.Array:
     """Rows times their group's matrix, or its transpose; rows beyond the last group give zero."""
-    M = x_MD.shape[0]
-    items = _Items.of(group_sizes_E, block)
-    x_MD = jnp.pad(x_MD, ((0, block), (0, 0)))
-    spec = "rd,fd->rf" if transposed else "rd,df->rf"
+    spec, width = ("rd,fd->rf", w_EDF.shape[1]) if transposed else ("rd,df->rf", w_EDF.shape[2])
 
-    def step(n, y_MF):
-        e, row, mine_R1 = items.locate(n, block)
-        x_RD = lax.dynamic_slice_in_dim(x_MD, row, block)
-        y_RF = jnp.einsum(spec, x_RD, w_EDF[e], preferred_element_type=_wide(x_MD.dtype))
-        y_RF = jnp.where(mine_R1, y_RF, 0).astype(y_MF.dtype)
+    def step(y_MF, e, row, size, mine_R1):
+        x_RD = lax.dynamic_slice_in_dim(x_MD, row, size)
+        y_RF = jnp.einsum(spec, x_RD, w_EDF[e], preferred_element_type=_wide(x_MD.dtype)).astype(y_MF.dtype)
+        if mine_R1 is not None:
+            y_RF = jnp.where(mine_R1, y_RF, lax.dynamic_slice_in_dim(y_MF, row, size))
         return lax.dynamic_update_slice_in_dim(y_MF, y_RF, row, axis=0)
 
-    width = w_EDF.shape[1] if transposed else w_EDF.shape[2]
-    return items.run(step, jnp.zeros((M + block, width), x_MD.dtype))[:M]
+    return _fold(group_sizes_E, x_MD.shape[0], blocks, step, jnp.zeros((x_MD.shape[0], width), x_MD.dtype))
 
 
-def _outer(x_MD, dy_MF, group_sizes_E, block) -> jax.Array:
+def _outer(x_MD, dy_MF, group_sizes_E, blocks) -> jax.Array:
     """Sum of the outer products of each group's rows, fp32 [E, D, F]."""
-    items = _Items.of(group_sizes_E, block)
-    x_MD, dy_MF = (jnp.pad(a, ((0, block), (0, 0))) for a in (x_MD, dy_MF))
 
-    def step(n, dw_EDF):
-        e, row, mine_R1 = items.locate(n, block)
-        x_RD = jnp.where(mine_R1, lax.dynamic_slice_in_dim(x_MD, row, block), 0)
-        dy_RF = lax.dynamic_slice_in_dim(dy_MF, row, block)
+    def step(dw_EDF, e, row, size, mine_R1):
+        x_RD, dy_RF = (lax.dynamic_slice_in_dim(a, row, size) for a in (x_MD, dy_MF))
+        if mine_R1 is not None:
+            x_RD = jnp.where(mine_R1, x_RD, 0)
         return dw_EDF.at[e].add(jnp.einsum("rd,rf->df", x_RD, dy_RF, preferred_element_type=dw_EDF.dtype))
 
     zeros = jnp.zeros((group_sizes_E.shape[0], x_MD.shape[1], dy_MF.shape[1]), _wide(x_MD.dtype))
-    return items.run(step, zeros)
+    return _fold(group_sizes_E, x_MD.shape[0], blocks, step, zeros)
 
 
 def _wide(dtype) -> jnp.dtype:

@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.grouped_matmul.blocked import grouped_matmul_blocked
+from pallas_kernels.grouped_matmul.blocked import Blocks, grouped_matmul_blocked
 from pallas_kernels.grouped_matmul.reference import grouped_matmul_reference
 from pallas_kernels.platform import target_platform
 
 IMPLEMENTATIONS = ("auto", "reference", "blocked", "ragged")
 
-# Least and most rows in a block of the blocked form, by target platform.
-_BLOCK = {"cpu": (128, 512), "gpu": (512, 2048), "tpu": (512, 2048)}
+# Rows in a small block of the blocked form, and the most in a large one, by target platform.
+_BLOCKS = {"cpu": (64, 512), "gpu": (256, 2048), "tpu": (256, 2048)}
 
 
 def grouped_matmul(
@@ -48,15 +48,15 @@ def grouped_matmul(
     if implementation == "reference":
         return grouped_matmul_reference(x_MD, w_EDF, group_sizes_E)
     if implementation == "blocked":
-        return grouped_matmul_blocked(x_MD, w_EDF, group_sizes_E, _block(M, E))
+        return grouped_matmul_blocked(x_MD, w_EDF, group_sizes_E, _blocks(M, E))
     if implementation == "ragged":
         wide = jnp.promote_types(jnp.float32, x_MD.dtype)
         return lax.ragged_dot(x_MD, w_EDF, group_sizes_E, preferred_element_type=wide).astype(x_MD.dtype)
     raise ValueError(f"implementation={implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
 
 
-def _block(rows: int, groups: int) -> int:
-    """Rows in a block: large for speed, yet small beside a group, whose last block is half empty on average."""
-    least, most = _BLOCK[target_platform()]
-    wanted = 2 ** round(math.log2(max(rows / (8 * groups), 1)))
-    return min(rows, most, max(least, wanted))
+def _blocks(rows: int, groups: int) -> Blocks:
+    """A group of average size has about one large block, or several of the largest size."""
+    small, most = (min(size, rows) for size in _BLOCKS[target_platform()])
+    even = 2 ** math.floor(math.log2(max(rows / groups, 1)))
+    return Blocks(max(small, min(even, most)), small)

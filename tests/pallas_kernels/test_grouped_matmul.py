@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.grouped_matmul import grouped_matmul
-from pallas_kernels.grouped_matmul.blocked import grouped_matmul_blocked
+from pallas_kernels.grouped_matmul.blocked import Blocks, grouped_matmul_blocked
 
 SIZES = {
     "uneven, one empty": ([5, 0, 7, 1], 13),
@@ -19,7 +19,7 @@ SIZES = {
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("implementation", ["blocked", "ragged", "blocks of 4"])
+@pytest.mark.parametrize("implementation", ["blocked", "ragged", Blocks(4, 4), Blocks(8, 2)])
 @pytest.mark.parametrize("case", SIZES)
 def test_equals_reference(case, implementation):
     sizes, M = SIZES[case]
@@ -29,8 +29,8 @@ def test_equals_reference(case, implementation):
 
     def value_and_gradients(implementation):
         def loss(x, w):
-            if implementation == "blocks of 4":
-                y = grouped_matmul_blocked(x, w, sizes, 4)
+            if isinstance(implementation, Blocks):
+                y = grouped_matmul_blocked(x, w, sizes, implementation)
             else:
                 y = grouped_matmul(x, w, sizes, implementation=implementation)
             return jnp.sum(y * c), y
@@ -46,7 +46,7 @@ def test_rows_after_the_groups_do_not_leak():
     # NaN in rows that belong to no group reaches neither the result nor the weights' gradient.
     x = jnp.ones((12, 3)).at[8:].set(jnp.nan)
     w, sizes = jnp.ones((2, 3, 4)), jnp.asarray([5, 3], jnp.int32)
-    loss = lambda w: jnp.sum(grouped_matmul_blocked(x, w, sizes, 4))  # noqa: E731
+    loss = lambda w: jnp.sum(grouped_matmul_blocked(x, w, sizes, Blocks(4, 2)))  # noqa: E731
     value, gradient = jax.value_and_grad(loss)(w)
     assert np.isfinite(value)
     assert np.isfinite(gradient).all()
