@@ -1,9 +1,14 @@
 """Measures mmx on this machine, side by side with others.
 
   python -m launch.bench --cpu
+  python -m launch.bench --gpu --output=gpu.json
 
 On a CPU: tokens a second of a training step, a prefill and a decode step against Transformers' MiniMaxForCausalLM in
 PyTorch (where both are installed) on the same small hybrid, and how the time per token grows with the length.
+
+On one GPU: the model's numbers against the CPU's, the quickstart on both, lightning attention beside FLA and
+jax-linear-attention (where they are installed), forms of the experts' product, and training steps of
+configs/text_1b.py with a profile.
 """
 
 import json
@@ -14,9 +19,13 @@ from pathlib import Path
 from absl import flags
 
 from launch import program
-from mmx.config import ConfigError
+from mmx.bench.gpu.sections import SECTIONS, report
+from mmx.config import ConfigError, nearest
 
-_CPU = flags.DEFINE_bool("cpu", False, "Measure on the CPU against Transformers; about ten minutes.")
+_CPU = flags.DEFINE_bool("cpu", False, "Measure on the CPU against Transformers; about twenty minutes.")
+_GPU = flags.DEFINE_bool("gpu", False, "Check and measure on the first GPU; about ten minutes.")
+_SECTIONS = flags.DEFINE_list("sections", list(SECTIONS), "Sections of the GPU report, in this order.")
+_SECTION_SECONDS = flags.DEFINE_float("section_seconds", 300, "Most that one section of the GPU report may take.")
 _LENGTHS = flags.DEFINE_list("lengths", ["1024", "4096", "16384"], "Tokens of a training step and of a prefill.")
 _TURNS = flags.DEFINE_integer("turns", 2, "Turns of each contestant at each length.", lower_bound=1)
 _THREADS = flags.DEFINE_integer("threads", 2, "CPU cores that each contestant may use.", lower_bound=1)
@@ -26,10 +35,23 @@ _OUTPUT = flags.DEFINE_string("output", None, "JSON file for the results.")
 _LARGE_PAGES = ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
 
 
+# All of a GPU's memory for one section, and what a section holds is what it needs.
+_GPU_MEMORY = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
+
+
 def run() -> None:
-    """Runs the chosen section."""
-    if not _CPU.value:
-        raise ConfigError("choose what to measure: --cpu")
+    """Runs the chosen part."""
+    if _CPU.value == _GPU.value:
+        raise ConfigError("choose what to measure: --cpu or --gpu")
+    if _CPU.value:
+        _on_cpu()
+    else:
+        _on_gpu()
+    if _OUTPUT.value:
+        print(f"wrote {_OUTPUT.value}", file=sys.stderr)
+
+
+def _on_cpu() -> None:
     try:
         lengths = sorted({int(length) for length in _LENGTHS.value})
     except ValueError:
@@ -38,14 +60,26 @@ def run() -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     from mmx.bench.contest import contest, growth
 
-    results = contest(lengths, _TURNS.value, _THREADS.value, lambda line: print(line, flush=True))
+    results = contest(lengths, _TURNS.value, _THREADS.value, _say)
     for work, rates in results["tokens_per_second"].items():
         if len(rates) > 1:
             shares = ", ".join(f"{name} {growth(rates, name):.0%}" for name in results["contestants"])
-            print(f"{work}: throughput at {max(rates):,} tokens over that at {min(rates):,}: {shares}")
+            _say(f"{work}: throughput at {max(rates):,} tokens over that at {min(rates):,}: {shares}")
     if _OUTPUT.value:
         Path(_OUTPUT.value).write_text(json.dumps(results, indent=2) + "\n")
-        print(f"wrote {_OUTPUT.value}", file=sys.stderr)
+
+
+def _on_gpu() -> None:
+    for name in _SECTIONS.value:
+        if name not in SECTIONS:
+            raise ConfigError(f"--sections: there is no section {name!r}{nearest(name, SECTIONS)}")
+    for variable, value in _GPU_MEMORY.items():
+        os.environ.setdefault(variable, value)
+    report(_SECTIONS.value, _SECTION_SECONDS.value, _say, Path(_OUTPUT.value) if _OUTPUT.value else None)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 if __name__ == "__main__":

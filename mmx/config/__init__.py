@@ -1,7 +1,7 @@
 """Configuration: dataclasses, validation, and counts of parameters and FLOPs. Imports nothing else of ours."""
 
 from mmx.config.count import ForwardFlops, ParameterCount, count_parameters, forward_flops, training_flops
-from mmx.config.errors import ConfigError
+from mmx.config.errors import ConfigError, nearest
 from mmx.config.model import HYBRID_PERIOD, LIGHTNING, SOFTMAX, ModelConfig
 from mmx.config.run import (
     BATCH_AXES,
@@ -38,6 +38,7 @@ __all__ = [
     "forward_flops",
     "from_dict",
     "load_json",
+    "nearest",
     "save_json",
     "to_dict",
     "training_flops",

@@ -10,7 +10,7 @@ from pallas_kernels.platform import target_platform
 from pallas_kernels.softmax_attention.blocked import softmax_attention_blocked
 from pallas_kernels.softmax_attention.reference import softmax_attention_reference
 
-IMPLEMENTATIONS = ("auto", "reference", "blocked")
+IMPLEMENTATIONS = ("auto", "reference", "blocked", "cudnn")
 
 # Tokens in a block, by target platform.
 _BLOCK = {"cpu": 256, "gpu": 512, "tpu": 512}
@@ -31,13 +31,15 @@ def softmax_attention(
       q_BSHK, k_BSGK, v_BSGV: one floating dtype; H is a multiple of G.
       segment_ids_BS: integer document ids; a document begins wherever the id changes. None: one document a row.
       scale: of the scores, 1/sqrt(K) if None.
-      implementation: "auto", or one of ``IMPLEMENTATIONS`` to force it.
+      implementation: "auto", or one of ``IMPLEMENTATIONS`` to force it. "cudnn" (NVIDIA GPUs, half precision, one
+        document a row) is never chosen automatically: the suite cannot run it, ``launch.bench --gpu`` checks it.
 
     Returns:
       o [B, S, H, V] in v's dtype. Scores, softmax and accumulation are fp32 (float64 for float64 inputs).
 
     Raises:
       ValueError: if shapes or dtypes do not fit, or the implementation is unknown.
+      NotImplementedError: if a forced implementation cannot run, with the reason.
     """
     (B, S, H, K), G = q_BSHK.shape, k_BSGK.shape[2]
     if k_BSGK.shape != (B, S, G, K) or v_BSGV.shape[:3] != (B, S, G) or H % G:
@@ -55,4 +57,8 @@ def softmax_attention(
     if implementation in ("auto", "blocked"):
         block = min(_BLOCK[target_platform()], S)
         return softmax_attention_blocked(q_BSHK, k_BSGK, v_BSGV, segment_ids_BS, scale, block)
+    if implementation == "cudnn":
+        if segment_ids_BS is not None or q_BSHK.dtype not in (jnp.bfloat16, jnp.float16):
+            raise NotImplementedError("implementation='cudnn' takes bfloat16 or float16 and no segment_ids")
+        return jax.nn.dot_product_attention(q_BSHK, k_BSGK, v_BSGV, scale=scale, is_causal=True, implementation="cudnn")
     raise ValueError(f"implementation={implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")

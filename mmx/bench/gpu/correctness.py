@@ -1,0 +1,94 @@
+"""The model's numbers on the GPU against the same numbers on the host's CPU."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmx.config import ModelConfig
+from mmx.model.text import bind, init_params
+from mmx.train.loss import Batch, loss_sums
+from pallas_kernels.softmax_attention import softmax_attention
+
+if TYPE_CHECKING:
+    from mmx.bench.gpu.sections import Sink
+
+MODEL = ModelConfig(vocab_size=512, hidden_size=256, num_heads=4, head_dim=64, rotary_dim=32, expert_hidden_size=384)
+# Fresh bf16 weights and activations round differently on the two devices: eight layers deep, this much is rounding.
+LARGEST_DIFFERENCE = {"float32": 1e-4, "float32, TF32 products": 3e-2, "bfloat16": 6e-2}
+
+
+def compare_with_cpu(sink: Sink) -> None:
+    """Logits, loss and gradients of a small hybrid on packed rows, and cuDNN's attention against the reference."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, MODEL.vocab_size, (2, 513), dtype=np.int32)
+    segments = 1 + np.cumsum(rng.random((2, 512)) < 0.01, axis=1, dtype=np.int32)
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], segments, _positions(segments), np.ones((2, 512), np.float32))
+    params = jax.jit(functools.partial(init_params, MODEL), device=_cpu())(jax.random.key(0))
+
+    truth = _evaluate(MODEL, params, batch, _cpu(), "highest")
+    bf16 = ModelConfig(**(vars(MODEL) | {"dtype": "bfloat16"}))
+    for name, model, precision, expected in (
+        ("float32", MODEL, "highest", truth),
+        ("float32, TF32 products", MODEL, "default", truth),
+        ("bfloat16", bf16, "default", _evaluate(bf16, params, batch, _cpu(), "default")),
+    ):
+        got = _evaluate(model, params, batch, jax.devices()[0], precision)
+        differences = {part: _difference(got[part], expected[part]) for part in got}
+        verdict = "agree" if max(differences.values()) <= LARGEST_DIFFERENCE[name] else "DIFFER"
+        text = ", ".join(f"{part} {value:.1e}" for part, value in differences.items())
+        sink.result(f"{name}: {verdict}; relative differences {text}", name=name, verdict=verdict, **differences)
+    _compare_cudnn(sink)
+
+
+def _evaluate(model: ModelConfig, params: Any, batch: Batch, device: jax.Device, precision: str) -> dict[str, Any]:
+    with jax.default_device(device), jax.default_matmul_precision(precision):
+        params, batch = jax.device_put((params, batch), device)
+
+        @jax.jit
+        def run(params, batch):
+            bound = bind(model, params)
+            logits = bound.logits(bound(batch.tokens_BS, segment_ids_BS=batch.segment_ids_BS)[0])
+            objective = lambda params: loss_sums(model, params, batch, dropless=True)[0]  # noqa: E731
+            return {"logits": logits, "gradients": jax.grad(objective)(params)}
+
+        return jax.device_get(run(params, batch))
+
+
+def _difference(got: Any, expected: Any) -> float:
+    """Largest over the arrays of the difference's norm relative to the array's."""
+    pairs = zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True)
+    return max(float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30)) for a, b in pairs)
+
+
+def _compare_cudnn(sink: Sink) -> None:
+    shapes = ((2, 300, 8, 64), (2, 300, 2, 64), (2, 300, 2, 64), (2, 300, 8, 64))
+    keys = jax.random.split(jax.random.key(0), 4)
+    *qkv, do = (jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True))
+
+    def evaluate(implementation):
+        o, back = jax.vjp(functools.partial(softmax_attention, implementation=implementation), *qkv)
+        return [np.asarray(x, np.float32) for x in (o, *back(do))]
+
+    difference = _difference(evaluate("cudnn"), evaluate("reference"))
+    verdict = "agree" if difference < 2e-2 else "DIFFER"
+    sink.result(
+        f"cuDNN's softmax attention: {verdict}; output and gradients {difference:.1e}",
+        name="cudnn",
+        verdict=verdict,
+        difference=difference,
+    )
+
+
+def _positions(segments: np.ndarray) -> np.ndarray:
+    index = np.arange(segments.shape[1])
+    starts = np.diff(segments, axis=1, prepend=segments[:, :1]) != 0
+    return (index - np.maximum.accumulate(np.where(starts, index, 0), axis=1)).astype(np.int32)
+
+
+def _cpu() -> jax.Device:
+    return jax.devices("cpu")[0]
