@@ -18,8 +18,10 @@ def run() -> None:
     from mmx.train.report import write_report
 
     workdir = Path(_WORKDIR.value)
-    for path in write_report(workdir, Path(_OUTPUT.value) if _OUTPUT.value else workdir):
-        print(f"wrote {path}")
+    report = write_report(workdir, Path(_OUTPUT.value) if _OUTPUT.value else workdir)
+    for name, value in report.facts.items():
+        print(f"{name + ':':22} {value}")
+    print(f"wrote {report.picture}\nwrote {report.page}")
 
 
 if __name__ == "__main__":

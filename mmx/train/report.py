@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -22,8 +22,16 @@ PICTURE, PAGE = "report.png", "report.html"
 _TRAINING, _HELDOUT, _GREY = "#1f5fa8", "#d1495b", "#6b7280"
 
 
-def write_report(workdir: Path, output: Path) -> tuple[Path, Path]:
-    """Writes the picture and the page; returns their paths.
+class Report(NamedTuple):
+    """What was written, and what it says in words."""
+
+    picture: Path
+    page: Path
+    facts: dict[str, str]
+
+
+def write_report(workdir: Path, output: Path) -> Report:
+    """Writes the picture and the page.
 
     Raises:
       ConfigError: if the workdir holds no metrics yet.
@@ -37,8 +45,9 @@ def write_report(workdir: Path, output: Path) -> tuple[Path, Path]:
     output.mkdir(parents=True, exist_ok=True)
     picture, page = output / PICTURE, output / PAGE
     _draw(run, steps, heldout, workdir.name, picture)
-    page.write_text(_page(run, steps, heldout, workdir.name, picture), encoding="utf-8")
-    return picture, page
+    facts = _facts(run, steps, heldout)
+    page.write_text(_page(facts, workdir.name, picture), encoding="utf-8")
+    return Report(picture, page, facts)
 
 
 def _draw(run: Run, steps: list[dict[str, Any]], heldout: list[dict[str, Any]], title: str, path: Path) -> None:
@@ -86,6 +95,8 @@ def _draw_optimization(axes: Axes, steps: list[dict[str, Any]]) -> None:
     axes.plot(_column(steps, "tokens"), _column(steps, "grad_norm"), color=_TRAINING, lw=1.2)
     axes.set(title="Gradient norm (left) and learning rate (right)", xlabel="tokens", yscale="log")
     axes.set_ylabel("gradient norm", color=_TRAINING)
+    for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        formatter(lambda value, _: f"{value:g}")
     _tidy(axes)
     right = axes.twinx()
     right.plot(_column(steps, "tokens"), _column(steps, "learning_rate"), color=_GREY, lw=1.2, ls="--")
@@ -130,7 +141,7 @@ def _pattern(run: Run) -> str:
     return ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)) + " layers"
 
 
-def _page(run: Run, steps: list[dict[str, Any]], heldout: list[dict[str, Any]], title: str, picture: Path) -> str:
+def _facts(run: Run, steps: list[dict[str, Any]], heldout: list[dict[str, Any]]) -> dict[str, str]:
     last, counts = steps[-1], count_parameters(run.model)
     facts = {
         "Steps": f"{last['step']:,} of {run.train.steps:,}",
@@ -148,6 +159,10 @@ def _page(run: Run, steps: list[dict[str, Any]], heldout: list[dict[str, Any]], 
         facts["Held-out bits a byte"] = (
             f"{first:.4f} at step {heldout[0]['step']}, {final:.4f} at step {heldout[-1]['step']} ({final / first:.0%})"
         )
+    return facts
+
+
+def _page(facts: dict[str, str], title: str, picture: Path) -> str:
     table = "\n".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in facts.items())
     image = base64.b64encode(picture.read_bytes()).decode()
     return f"""<!doctype html>

@@ -10,13 +10,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.grouped_matmul.blocked import Blocks, grouped_matmul_blocked
+from pallas_kernels.grouped_matmul.padded import grouped_matmul_padded, most_blocks
 from pallas_kernels.grouped_matmul.reference import grouped_matmul_reference
 from pallas_kernels.platform import target_platform
 
-IMPLEMENTATIONS = ("auto", "reference", "blocked", "ragged")
+IMPLEMENTATIONS = ("auto", "reference", "blocked", "padded", "ragged")
 
 # Rows in a small block of the blocked form, and the most in a large one, by target platform.
 _BLOCKS = {"cpu": (64, 512), "gpu": (256, 2048), "tpu": (256, 2048)}
+# Bytes that the padded form's copies of the matrices may take.
+_PADDED_BYTES = 2**32
 
 
 def grouped_matmul(
@@ -29,7 +32,8 @@ def grouped_matmul(
       w_EDF: one matrix a group.
       group_sizes_E: int32 rows in each group; their sum is at most M.
       implementation: "auto", or one of ``IMPLEMENTATIONS`` to force it. "ragged" is ``lax.ragged_dot``, which
-        compiles to a grouped kernel on TPU and expands densely elsewhere.
+        compiles to a grouped kernel on TPU and expands densely elsewhere; "padded" is the choice for GPUs while its
+        copies of the matrices fit into 4 GiB; "blocked" needs no memory and is the choice otherwise.
 
     Returns:
       y [M, F] in x's dtype, accumulated in fp32 or wider.
@@ -44,15 +48,27 @@ def grouped_matmul(
             "[E, D, F] of one dtype"
         )
     if implementation == "auto":
-        implementation = "ragged" if target_platform() == "tpu" else "blocked"
+        implementation = _choose(M, w_EDF)
     if implementation == "reference":
         return grouped_matmul_reference(x_MD, w_EDF, group_sizes_E)
     if implementation == "blocked":
         return grouped_matmul_blocked(x_MD, w_EDF, group_sizes_E, _blocks(M, E))
+    if implementation == "padded":
+        return grouped_matmul_padded(x_MD, w_EDF, group_sizes_E, _padded_block(M, E))
     if implementation == "ragged":
         wide = jnp.promote_types(jnp.float32, x_MD.dtype)
         return lax.ragged_dot(x_MD, w_EDF, group_sizes_E, preferred_element_type=wide).astype(x_MD.dtype)
     raise ValueError(f"implementation={implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+
+
+def _choose(rows: int, w_EDF: jax.Array) -> str:
+    platform = target_platform()
+    if platform == "tpu":
+        return "ragged"
+    E = w_EDF.shape[0]
+    copies = most_blocks(rows, E, _padded_block(rows, E))
+    fits = copies * (w_EDF.size // E) * w_EDF.dtype.itemsize <= _PADDED_BYTES
+    return "padded" if platform == "gpu" and fits else "blocked"
 
 
 def _blocks(rows: int, groups: int) -> Blocks:
@@ -60,3 +76,8 @@ def _blocks(rows: int, groups: int) -> Blocks:
     small, most = (min(size, rows) for size in _BLOCKS[target_platform()])
     even = 2 ** math.floor(math.log2(max(rows / groups, 1)))
     return Blocks(max(small, min(even, most)), small)
+
+
+def _padded_block(rows: int, groups: int) -> int:
+    """About half a group of average size: as much work in padding as in the tails of groups, in few blocks."""
+    return max(1, 2 ** math.floor(math.log2(max(rows / (2 * groups), 1))))

@@ -60,7 +60,12 @@ def test_report(tmp_path):
     assert "does not exist" in mistake("report", f"--workdir={tmp_path}")
 
 
-@pytest.mark.parametrize("program", ["prepare", "pretrain", "generate", "report"])
+def test_bench():
+    assert "choose what to measure" in mistake("bench")
+    assert "no section 'atention'; did you mean 'attention'?" in mistake("bench", "--gpu", "--sections=atention")
+
+
+@pytest.mark.parametrize("program", ["prepare", "pretrain", "generate", "report", "bench"])
 def test_help(program):
     result = run(program, "--help")
     assert result.returncode == 0

@@ -7,6 +7,8 @@ import pytest
 
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.grouped_matmul.blocked import Blocks, grouped_matmul_blocked
+from pallas_kernels.grouped_matmul.op import _choose
+from pallas_kernels.platform import compile_for
 
 SIZES = {
     "uneven, one empty": ([5, 0, 7, 1], 13),
@@ -19,7 +21,7 @@ SIZES = {
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("implementation", ["blocked", "ragged", Blocks(4, 4), Blocks(8, 2)])
+@pytest.mark.parametrize("implementation", ["blocked", "padded", "ragged", Blocks(4, 4), Blocks(8, 2)])
 @pytest.mark.parametrize("case", SIZES)
 def test_equals_reference(case, implementation):
     sizes, M = SIZES[case]
@@ -50,6 +52,22 @@ def test_rows_after_the_groups_do_not_leak():
     value, gradient = jax.value_and_grad(loss)(w)
     assert np.isfinite(value)
     assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize(
+    ("platform", "rows", "width", "expected"),
+    [
+        ("cpu", 16384, 2048, "blocked"),
+        ("tpu", 16384, 2048, "ragged"),
+        ("gpu", 16384, 2048, "padded"),
+        ("gpu", 4, 2048, "padded"),
+        ("gpu", 16384, 65536, "blocked"),  # The copies of the matrices would take 6 GiB.
+    ],
+)
+def test_automatic_choice(platform, rows, width, expected):
+    w_EDF = jax.ShapeDtypeStruct((8, 2048, width), jnp.bfloat16)
+    with compile_for(platform):
+        assert _choose(rows, w_EDF) == expected
 
 
 def test_mistakes_are_named():

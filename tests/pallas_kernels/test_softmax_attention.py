@@ -90,3 +90,5 @@ def test_mistakes_are_named():
         softmax_attention(q, q, q, segment_ids_BS=jnp.zeros((1, 3), jnp.int32))
     with pytest.raises(ValueError, match="not one of"):
         softmax_attention(q, q, q, implementation="flash")
+    with pytest.raises(NotImplementedError, match="takes bfloat16 or float16 and no segment_ids"):
+        softmax_attention(q, q, q, implementation="cudnn")

@@ -45,18 +45,27 @@ def measure(sink: Sink) -> None:
             time_jax(sink, f"mmx softmax, {implementation}", attend, length)
 
 
-def time_jax(sink: Sink, name: str, attend: Callable[..., jax.Array], length: int) -> None:
-    """Times ``attend(q, k, v) -> o`` and its gradients."""
+def time_jax(
+    sink: Sink, name: str, attend: Callable[..., jax.Array], length: int, constants: tuple[jax.Array, ...] = ()
+) -> None:
+    """Times ``attend(q, k, v, *constants) -> o`` and its gradients with respect to q, k and v."""
 
     @jax.jit
-    def gradients(q, k, v, do):
-        o, back = jax.vjp(attend, q, k, v)
+    def gradients(q, k, v, do, *constants):
+        o, back = jax.vjp(lambda q, k, v: attend(q, k, v, *constants), q, k, v)
         return o, back(do)
 
     try:
         *qkv, do = operands(length)
         forward = jax.jit(attend)
-        time_both(sink, name, length, lambda: forward(*qkv), lambda: gradients(*qkv, do), wait=jax.block_until_ready)
+        time_both(
+            sink,
+            name,
+            length,
+            lambda: forward(*qkv, *constants),
+            lambda: gradients(*qkv, do, *constants),
+            wait=jax.block_until_ready,
+        )
     except Exception as error:
         failed(sink, name, length, error)
 

@@ -15,6 +15,7 @@ from typing import Any
 SECTIONS = {
     "rates": "mmx.bench.gpu.rates:measure",
     "correctness": "mmx.bench.gpu.correctness:compare_with_cpu",
+    "cudnn": "mmx.bench.gpu.correctness:compare_cudnn",
     "quickstart": "mmx.bench.gpu.quickstart:compare_with_cpu",
     "attention": "mmx.bench.gpu.attention:measure",
     "attention_fla": "mmx.bench.gpu.peers:measure_fla",

@@ -1,5 +1,6 @@
 """A whole run in one process, on the four virtual devices: learns, reports, evaluates, goes on."""
 
+import html
 import io
 import json
 from pathlib import Path
@@ -97,9 +98,11 @@ def test_workdir_can_be_loaded(finished, data):
 
 
 def test_report(finished, tmp_path):
-    picture, page = write_report(finished[0], tmp_path)
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    assert "50 of 50" in page.read_text()
+    report = write_report(finished[0], tmp_path)
+    assert report.picture.read_bytes().startswith(b"\x89PNG")
+    assert report.facts["Steps"] == "50 of 50"
+    for value in report.facts.values():
+        assert html.escape(value) in report.page.read_text()
 
 
 def test_more_steps_go_on_and_the_same_steps_do_nothing(finished, data):
