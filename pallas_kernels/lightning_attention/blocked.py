@@ -62,21 +62,24 @@ def _forward(q_BSHK, k_BSHK, v_BSHV, slopes_H, segment_ids_BS, initial_state_BHK
     tiling = _Tiling.of(q_BSHK.shape[1], block, group)
     runs_BS = None if segment_ids_BS is None else document_runs(segment_ids_BS)
     first_run_B = None if runs_BS is None else runs_BS[:, 0]
+    operands = [tiling.pad(x) for x in (q_BSHK, k_BSHK, v_BSHV)]
 
     def step(carry, inputs):
-        state_BHKV, run_B = carry
-        q_BHGCK, k_BHGCK, v_BHGCV, run_BGC, length = inputs
+        state_BHKV, run_B, o_BSHV = carry
+        n, run_BGC, length = inputs
+        q_BHGCK, k_BHGCK, v_BHGCV = (tiling.take(x, n) for x in operands)
         weights, last_run_B = _weights(slopes_H, length, run_BGC, run_B, tiling, state_BHKV.dtype)
         entering_BHGKV, leaving_BHKV = _states(k_BHGCK, v_BHGCV, weights, state_BHKV)
         scores = _dot("bhgik,bhgjk->bhgij", q_BHGCK, k_BHGCK, weights) * weights.intra_BHGCC
         o_BHGCV = _dot("bhgij,bhgjv->bhgiv", scores.astype(v_BHGCV.dtype), v_BHGCV, weights)
         q_BHGCK = _scale(q_BHGCK, weights.query_BHGC)
         o_BHGCV += _dot("bhgik,bhgkv->bhgiv", q_BHGCK, entering_BHGKV.astype(q_BHGCK.dtype), weights)
-        return (leaving_BHKV, last_run_B), (o_BHGCV.astype(v_BHGCV.dtype), state_BHKV)
+        return (leaving_BHKV, last_run_B, tiling.put(o_BSHV, o_BHGCV, n)), state_BHKV
 
-    inputs = (*(tiling.split(x) for x in (q_BSHK, k_BSHK, v_BSHV)), tiling.split_runs(runs_BS), tiling.lengths_N)
-    (final_BHKV, _), (o_NBHGCV, states_NBHKV) = lax.scan(step, (initial_state_BHKV, first_run_B), inputs)
-    return (tiling.join(o_NBHGCV), final_BHKV), (q_BSHK, k_BSHK, v_BSHV, slopes_H, runs_BS, states_NBHKV)
+    inputs = (tiling.index_N, tiling.split_runs(runs_BS), tiling.lengths_N)
+    carry = (initial_state_BHKV, first_run_B, jnp.zeros_like(operands[2]))
+    (final_BHKV, _, o_BSHV), states_NBHKV = lax.scan(step, carry, inputs)
+    return (tiling.cut(o_BSHV), final_BHKV), (q_BSHK, k_BSHK, v_BSHV, slopes_H, runs_BS, states_NBHKV)
 
 
 def _backward(block, group, residuals, cotangents):
@@ -89,8 +92,12 @@ def _backward(block, group, residuals, cotangents):
     if runs_BS is not None:
         entering_runs_NB = jnp.concatenate([runs_BS[None, :, 0], runs_NBGC[:-1, :, -1, -1]])
 
-    def step(dstate_BHKV, inputs):
-        q, k, v, do, run_BGC, run_B, length, state_BHKV = inputs
+    operands = [tiling.pad(x) for x in (q_BSHK, k_BSHK, v_BSHV, do_BSHV)]
+
+    def step(carry, inputs):
+        dstate_BHKV, *grads = carry
+        n, run_BGC, run_B, length, state_BHKV = inputs
+        q, k, v, do = (tiling.take(x, n) for x in operands)
         w, _ = _weights(slopes_H, length, run_BGC, run_B, tiling, state_BHKV.dtype)
         entering_BHGKV, _ = _states(k, v, w, state_BHKV)
         q_scaled, k_scaled = _scale(q, w.query_BHGC), _scale(k, w.key_BHGC)
@@ -112,14 +119,13 @@ def _backward(block, group, residuals, cotangents):
         dk += w.key_BHGC[..., None] * _dot("bhgjv,bhgkv->bhgjk", v, dsummary, w)
         dv = _dot("bhgij,bhgiv->bhgjv", scores, do, w)
         dv += _dot("bhgjk,bhgkv->bhgjv", k_scaled, dsummary, w)
-        return dstate_BHKV, (dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype))
+        grads = (tiling.put(*pair, n) for pair in zip(grads, (dq, dk, dv), strict=True))
+        return (dstate_BHKV, *grads), None
 
-    inputs = (
-        *(tiling.split(x) for x in (q_BSHK, k_BSHK, v_BSHV, do_BSHV)),
-        *(runs_NBGC, entering_runs_NB, tiling.lengths_N, states_NBHKV),
-    )
-    dinitial_BHKV, grads = lax.scan(step, dfinal_BHKV, inputs, reverse=True)
-    dq_BSHK, dk_BSHK, dv_BSHV = (tiling.join(x) for x in grads)
+    inputs = (tiling.index_N, runs_NBGC, entering_runs_NB, tiling.lengths_N, states_NBHKV)
+    carry = (dfinal_BHKV, *(jnp.zeros_like(x) for x in operands[:3]))
+    (dinitial_BHKV, *grads), _ = lax.scan(step, carry, inputs, reverse=True)
+    dq_BSHK, dk_BSHK, dv_BSHV = (tiling.cut(x) for x in grads)
     # Slopes are constants of the architecture: no gradient. Segment ids are integers.
     return dq_BSHK, dk_BSHK, dv_BSHV, jnp.zeros_like(slopes_H), None, dinitial_BHKV
 
@@ -149,17 +155,32 @@ class _Tiling(NamedTuple):
         per_group = self.blocks * self.block
         return np.clip(self.length - per_group * np.arange(self.groups), 0, per_group).astype(np.int32)
 
-    def split(self, x_BSHD: jax.Array) -> jax.Array:
-        """[B, S, H, D] to [N, B, H, G, C, D], padded with zeros."""
-        B, S, H, D = x_BSHD.shape
-        N, G, C = self.groups, self.blocks, self.block
-        x_BSHD = jnp.pad(x_BSHD, ((0, 0), (0, N * G * C - S), (0, 0), (0, 0)))
-        return x_BSHD.reshape(B, N, G, C, H, D).transpose(1, 0, 4, 2, 3, 5)
+    @property
+    def index_N(self) -> np.ndarray:
+        """The groups' numbers."""
+        return np.arange(self.groups, dtype=np.int32)
 
-    def join(self, x_NBHGCD: jax.Array) -> jax.Array:
-        """The inverse of ``split``, padding dropped."""
-        N, B, H, G, C, D = x_NBHGCD.shape
-        return x_NBHGCD.transpose(1, 0, 3, 4, 2, 5).reshape(B, N * G * C, H, D)[:, : self.length]
+    def pad(self, x_BSHD: jax.Array) -> jax.Array:
+        """Zeros behind the last token, up to whole groups."""
+        padding = self.groups * self.blocks * self.block - self.length
+        return jnp.pad(x_BSHD, ((0, 0), (0, padding), (0, 0), (0, 0)))
+
+    def cut(self, x_BSHD: jax.Array) -> jax.Array:
+        """The inverse of ``pad``."""
+        return x_BSHD[:, : self.length]
+
+    def take(self, x_BSHD: jax.Array, n: jax.Array) -> jax.Array:
+        """Group n of padded tokens, [B, H, G, C, D]. Reordering a group at a time needs no second copy of them all."""
+        B, _, H, D = x_BSHD.shape
+        G, C = self.blocks, self.block
+        x_BGCHD = lax.dynamic_slice_in_dim(x_BSHD, n * (G * C), G * C, axis=1).reshape(B, G, C, H, D)
+        return x_BGCHD.transpose(0, 3, 1, 2, 4)
+
+    def put(self, x_BSHD: jax.Array, group_BHGCD: jax.Array, n: jax.Array) -> jax.Array:
+        """Padded tokens with group n replaced."""
+        B, H, G, C, D = group_BHGCD.shape
+        group_BSHD = group_BHGCD.transpose(0, 2, 3, 1, 4).reshape(B, G * C, H, D)
+        return lax.dynamic_update_slice_in_dim(x_BSHD, group_BSHD.astype(x_BSHD.dtype), n * (G * C), axis=1)
 
     def split_runs(self, runs_BS: jax.Array | None) -> jax.Array | None:
         """[B, S] to [N, B, G, C]; padding continues the last document, so that it ends no run."""

@@ -13,7 +13,7 @@ from pallas_kernels.softmax_attention.reference import softmax_attention_referen
 IMPLEMENTATIONS = ("auto", "reference", "blocked", "cudnn")
 
 # Tokens in a block, by target platform.
-_BLOCK = {"cpu": 256, "gpu": 512, "tpu": 512}
+_BLOCK = {"cpu": 256, "gpu": 1024, "tpu": 512}
 
 
 def softmax_attention(
