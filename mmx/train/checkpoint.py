@@ -43,7 +43,13 @@ class Checkpoints:
         self._manager = self._open()
 
     def save(self, model: ModelConfig, state: TrainState, progress: Progress) -> None:
-        """Starts saving; returns once the state may change again."""
+        """Starts saving; returns once the state may change again.
+
+        Raises:
+          ConfigError: if the disk has no room for it; what was saved before stays.
+        """
+        self._manager.wait_until_finished()  # As saving would: the room that is left is known only then.
+        self._require_room(state)
         self._manager.save(
             progress.step,
             args=ocp.args.Composite(
@@ -53,6 +59,18 @@ class Checkpoints:
             ),
             force=True,
         )
+
+    def _require_room(self, state: TrainState) -> None:
+        """A disk that fills up while Orbax writes ends the run too, but under pages of its threads' tracebacks."""
+        arrays = (x for x in jax.tree.leaves(state) if isinstance(x, jax.Array))
+        needed = sum(s.data.nbytes for x in arrays for s in x.addressable_shards if s.replica_id == 0)
+        free = shutil.disk_usage(self._folder).free
+        if free < needed:
+            kept = "nothing is saved yet" if self.latest is None else f"step {self.latest} is the last that is saved"
+            raise ConfigError(
+                f"the disk is full: {self._folder} has {free >> 20:,} MiB left and a checkpoint needs "
+                f"{needed >> 20:,}; free some space and start again ({kept})"
+            )
 
     @property
     def latest(self) -> int | None:

@@ -1,6 +1,7 @@
 """Checkpoints: what is saved comes back, what is damaged is named and skipped, what does not fit is refused."""
 
 import functools
+import shutil
 
 import jax
 import numpy as np
@@ -55,6 +56,19 @@ def test_restores_onto_a_mesh(saved, state):
         np.testing.assert_array_equal(a, b)
     query = restored.params["runs"]["0_lightning"]["attention"]["query"]
     assert query.addressable_shards[0].data.size == query.size // 2
+
+
+def test_full_disk_is_one_sentence_and_what_was_saved_stays(saved, state, monkeypatch):
+    checkpoints = open_again(saved)
+    size = sum(x.nbytes for x in jax.tree.leaves(state))
+    usage = shutil.disk_usage(saved)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=size - 1))
+    with pytest.raises(ConfigError, match=r"the disk is full: .*checkpoints has .* \(step 2 is the last"):
+        checkpoints.save(TINY, state, progress(3))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=size))
+    checkpoints.save(TINY, state, progress(3))
+    checkpoints.close()
+    assert open_again(saved).restore(TINY, abstract_state(TINY, OPTIMIZER))[1] == progress(3)
 
 
 def largest_file(folder):
