@@ -23,7 +23,7 @@ from mmx.bench.gpu.sections import SECTIONS, report
 from mmx.config import ConfigError, nearest
 
 _CPU = flags.DEFINE_bool("cpu", False, "Measure on the CPU against Transformers; about twenty minutes.")
-_GPU = flags.DEFINE_bool("gpu", False, "Check and measure on the first GPU; about ten minutes.")
+_GPU = flags.DEFINE_bool("gpu", False, "Check and measure on the first GPU; about thirteen minutes.")
 _SECTIONS = flags.DEFINE_list("sections", list(SECTIONS), "Sections of the GPU report, in this order.")
 _SECTION_SECONDS = flags.DEFINE_float("section_seconds", 300, "Most that one section of the GPU report may take.")
 _LENGTHS = flags.DEFINE_list("lengths", ["1024", "4096", "16384"], "Tokens of a training step and of a prefill.")

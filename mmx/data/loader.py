@@ -15,8 +15,7 @@ import grain
 import numpy as np
 from grain.experimental import ElasticIterator
 
-from mmx.config import ConfigError, DataConfig
-from mmx.config.errors import nearest
+from mmx.config import ConfigError, DataConfig, nearest
 from mmx.data.corpus import Corpus
 from mmx.data.packing import PackedRows, Row
 from mmx.data.prepare import REPORT, TOKENIZER
