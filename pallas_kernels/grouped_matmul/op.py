@@ -33,7 +33,7 @@ def grouped_matmul(
       group_sizes_E: int32 rows in each group; their sum is at most M.
       implementation: "auto", or one of ``IMPLEMENTATIONS`` to force it. "ragged" is ``lax.ragged_dot``, which
         compiles to a grouped kernel on TPU and expands densely elsewhere; "padded" is the choice for GPUs while its
-        copies of the matrices fit into 4 GiB; "blocked" needs no memory and is the choice otherwise.
+        copies of the matrices fit into 4 GiB; "blocked" copies none and is the choice otherwise.
 
     Returns:
       y [M, F] in x's dtype, accumulated in fp32 or wider.
@@ -79,5 +79,5 @@ def _blocks(rows: int, groups: int) -> Blocks:
 
 
 def _padded_block(rows: int, groups: int) -> int:
-    """About half a group of average size: as much work in padding as in the tails of groups, in few blocks."""
+    """About half a group of average size: smaller ones pad less but copy matrices more often."""
     return max(1, 2 ** math.floor(math.log2(max(rows / (2 * groups), 1))))

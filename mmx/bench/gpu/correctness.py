@@ -23,7 +23,7 @@ LARGEST_DIFFERENCE = {"float32": 1e-4, "float32, TF32 products": 3e-2, "bfloat16
 
 
 def compare_with_cpu(sink: Sink) -> None:
-    """Logits, loss and gradients of a small hybrid on packed rows."""
+    """Logits, and gradients of the loss, of a small hybrid on packed rows."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, MODEL.vocab_size, (2, 513), dtype=np.int32)
     segments = 1 + np.cumsum(rng.random((2, 512)) < 0.01, axis=1, dtype=np.int32)
