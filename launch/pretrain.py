@@ -3,7 +3,7 @@
   python -m launch.pretrain --config=configs/quickstart.py --workdir=runs/quickstart
 
 Any field of the configuration can be overridden: --config.train.steps=1000 --config.optimizer.peak_lr=1e-3
-SIGTERM and Ctrl-C save and leave; the same command then goes on.
+SIGTERM and Ctrl-C save and leave; the same command then goes on. Several processes on this host: launch.local.
 """
 
 import signal
@@ -18,6 +18,9 @@ flags.declare_key_flag("config")
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder for checkpoints, metrics and the resolved config.", required=True
 )
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "One of several processes that a cluster manager started (a TPU pod, Slurm, ...)."
+)
 
 
 def run() -> int:
@@ -25,9 +28,11 @@ def run() -> int:
     config = program.require_config(_CONFIG.value)
     import jax
 
+    from mmx.parallel.processes import join_processes
     from mmx.train.console import Console
     from mmx.train.loop import train
 
+    join_processes(managed=_DISTRIBUTED.value)
     outcome = train(config, Path(_WORKDIR.value), Console(speaks=jax.process_index() == 0))
     return 130 if outcome.stopped_by == signal.SIGINT else 0
 

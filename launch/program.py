@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ from ml_collections import config_flags
 from mmx.config import ConfigError, Run, check_field
 
 MISTAKE = 1
+_CPU_DEVICES = "--xla_force_host_platform_device_count"
 
 
 def define_config(default: str | None = None) -> flags.FlagHolder:
@@ -25,11 +27,18 @@ def define_config(default: str | None = None) -> flags.FlagHolder:
     )
 
 
-def main(run: Callable[[], int | None]) -> None:
-    """Parses the flags, calls ``run`` and exits with what it returns; mistakes are one sentence and status 1."""
+def main(run: Callable[..., int | None], takes_arguments: bool = False) -> None:
+    """Parses the flags, calls ``run`` and exits with what it returns; mistakes are one sentence and status 1.
+
+    Args:
+      run: the program.
+      takes_arguments: True hands ``run`` the list of what is no flag; otherwise there must be nothing.
+    """
 
     def start(argv: Sequence[str]) -> int | None:
         with _one_sentence():
+            if takes_arguments:
+                return run(argv[1:])
             if len(argv) > 1:
                 raise ConfigError(f"{argv[1]!r} is not a flag: write it as --name=value")
             return run()
@@ -83,6 +92,12 @@ def _check_config(argv: Sequence[str], overrides: Sequence[str]) -> None:
         if not has_value:
             raise ConfigError(f"{override}: write the value behind an equals sign, as in --config.{name}=VALUE")
     flags.FLAGS.unparse_flags()
+
+
+def with_cpu_devices(count: int) -> str:
+    """XLA_FLAGS of this process, with ``count`` virtual CPU devices."""
+    others = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith(_CPU_DEVICES)]
+    return " ".join([*others, f"{_CPU_DEVICES}={count}"])
 
 
 def require_config(config: Any) -> Run:

@@ -19,7 +19,7 @@ ALLOWED = {
     "mmx.pretrained": {"mmx.config", "mmx.model", "mmx.data", "mmx.train", "mmx.generate"},
     "mmx": {"mmx.pretrained"},
     "configs": {"mmx.config"},
-    "launch": {"mmx", "mmx.bench", "mmx.config", "mmx.data", "mmx.train", "mmx.generate"},
+    "launch": {"mmx", "mmx.bench", "mmx.config", "mmx.data", "mmx.parallel", "mmx.train", "mmx.generate"},
 }
 LOCAL = ("pallas_kernels", "mmx", "configs", "launch", "tests")
 

@@ -15,6 +15,8 @@ HYBRID_PERIOD = (LIGHTNING,) * 7 + (SOFTMAX,)
 DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = ("none", "selective", "full")
 AUX_LOSS_FORMS = ("paper", "released")
+SEQUENCE_LAYOUTS = ("zigzag", "contiguous")
+EXPERT_EXCHANGES = ("auto", "padded", "ragged", "gather")
 _POSITIVE = (
     "vocab_size",
     "hidden_size",
@@ -25,6 +27,7 @@ _POSITIVE = (
     "num_experts",
     "experts_per_token",
     "expert_hidden_size",
+    "exchange_groups",
 )
 
 
@@ -54,6 +57,9 @@ class ModelConfig:
     expert_hidden_size: int = 512
     # Assignments an expert takes, as a multiple of the even share; 0 is dropless.
     capacity_factor: float = 0.0
+    # True: one capacity over the whole batch, filled in the same order on every mesh (report section 2.2).
+    # False: a capacity for the tokens of each device, or of each group that it cuts them into.
+    global_router: bool = False
     # "paper": coefficient * (1/E) sum_i f_i m_i, summed over layers (section 2.2).
     # "released": coefficient * E sum_i f_i P_i with f and P averaged over layers first, as the released
     # code has it, for fine-tuning a converted checkpoint; larger by about E squared.
@@ -82,6 +88,15 @@ class ModelConfig:
     # What the backward pass recomputes: "none", "selective" (all but attention's results and the routing) or
     # "full" (everything but each layer's input).
     remat: str = "none"
+
+    # How the work is spread over a mesh; without token drop the numbers do not depend on it.
+    # What a device holds of a row that is split over mesh.context: "zigzag" is half a slice from its start and half
+    # from its end, which gives all devices the same share of causal attention; "contiguous" is one slice.
+    sequence_layout: str = "zigzag"
+    # How tokens travel to experts on other devices (mmx/parallel/exchange.py); "auto" decides by platform.
+    expert_exchange: str = "auto"
+    # Groups that a device's tokens are cut into, so that one's exchange overlaps the experts' work on another.
+    exchange_groups: int = 1
 
     def alpha(self, branch: str) -> float:
         """Residual multiplier of ``branch`` ("lightning", "softmax" or "experts")."""
@@ -137,6 +152,13 @@ class ModelConfig:
         _require_choice("model.dtype", self.dtype, DTYPES)
         _require_choice("model.param_dtype", self.param_dtype, DTYPES)
         _require_choice("model.remat", self.remat, REMAT_POLICIES)
+        _require_choice("model.sequence_layout", self.sequence_layout, SEQUENCE_LAYOUTS)
+        _require_choice("model.expert_exchange", self.expert_exchange, EXPERT_EXCHANGES)
+        if self.global_router and not self.capacity_factor:
+            raise ConfigError(
+                "model.global_router shares the experts' capacity and model.capacity_factor=0 sets none: use, say, "
+                "1.25, or leave the global router off"
+            )
 
 
 def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -163,31 +163,34 @@ class Run:
                 raise ConfigError(f"{path}={value} is too small: set it to at least {least}")
 
     def _validate_split(self, sizes: dict[str, int]) -> None:
-        if self.data.sequence_length % sizes["context"]:
+        model, layout_halves = self.model, 2 if self.model.sequence_layout == "zigzag" and sizes["context"] > 1 else 1
+        splits = (
+            ("data.sequence_length", self.data.sequence_length, ("context", "tensor"), layout_halves),
+            ("model.num_heads", model.num_heads, ("tensor",), 1),
+            ("model.num_kv_heads", model.num_kv_heads, ("tensor",), 1),
+            ("model.vocab_size", model.vocab_size, ("tensor",), 1),
+            ("model.num_experts", model.num_experts, ("expert",), 1),
+            ("model.expert_hidden_size", model.expert_hidden_size, ("expert_tensor",), 1),
+            # A weight's hidden dimension is stored in parts on all devices that would hold copies (replica excepted).
+            ("model.hidden_size", model.hidden_size, ("fsdp", "expert", "expert_tensor", "context"), 1),
+            ("model.hidden_size", model.hidden_size, ("fsdp", "context", "tensor"), 1),
+            ("data.batch_size", self.data.batch_size, BATCH_AXES, self.train.micro_batches),
+        )
+        for name, value, axes, factor in splits:
+            ways = math.prod(sizes[axis] for axis in axes)
+            if value % (ways * factor):
+                over = " x ".join(axis for axis in axes if sizes[axis] > 1)
+                parts = f"{over} = {ways}" if over else ""
+                if factor > 1:
+                    reason = "half slices of model.sequence_layout" if axes[0] == "context" else "train.micro_batches"
+                    parts += f"{' and ' if parts else ''}{reason} = {factor}"
+                raise ConfigError(f"{name}={value} cannot be split over {parts}: use a multiple of {ways * factor}")
+        devices = math.prod(sizes.values())
+        tokens = self.data.batch_size * self.data.sequence_length // (self.train.micro_batches * devices)
+        if tokens % model.exchange_groups:
             raise ConfigError(
-                f"data.sequence_length={self.data.sequence_length} cannot be split over mesh.context="
-                f"{sizes['context']}: use a multiple of it"
-            )
-        for field in ("num_heads", "num_kv_heads"):
-            if getattr(self.model, field) % sizes["tensor"]:
-                raise ConfigError(
-                    f"model.{field}={getattr(self.model, field)} cannot be split over mesh.tensor={sizes['tensor']}"
-                )
-        if self.model.num_experts % sizes["expert"]:
-            raise ConfigError(
-                f"model.num_experts={self.model.num_experts} cannot be split over mesh.expert={sizes['expert']}"
-            )
-        for axis in ("expert", "expert_tensor", "context", "tensor"):
-            if sizes[axis] > 1:
-                raise ConfigError(
-                    f"mesh.{axis}={sizes[axis]} is not built yet (README, 'Not yet'): use mesh.fsdp or mesh.replica"
-                )
-        batch_ways = math.prod(sizes[axis] for axis in BATCH_AXES)
-        if self.data.batch_size % (batch_ways * self.train.micro_batches):
-            raise ConfigError(
-                f"data.batch_size={self.data.batch_size} cannot be split over {' x '.join(BATCH_AXES)} = {batch_ways} "
-                f"and train.micro_batches={self.train.micro_batches}: use a multiple of "
-                f"{batch_ways * self.train.micro_batches}"
+                f"model.exchange_groups={model.exchange_groups} does not divide the {tokens} tokens that a device has "
+                "in a micro-batch: use a divisor of them"
             )
 
     def _validate_optimizer(self) -> None:

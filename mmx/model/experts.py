@@ -1,10 +1,12 @@
 """The mixture of experts: SwiGLU experts, dropless or with a capacity (report section 2.2).
 
-Shapes: B batch, S tokens, D hidden, E experts, F expert hidden, J chosen experts a token, T tokens, M rows.
+On a mesh the tokens of one device go through ``mmx.parallel.exchange`` to the devices that hold their experts.
+
+Shapes: B batch, S tokens, D hidden, E experts, N experts of one device, F expert hidden (of one device), J chosen
+experts a token, T tokens, M rows.
 """
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -15,10 +17,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mmx.config import ModelConfig
 from mmx.model.activation import swiglu
-from mmx.model.dispatch import plan_dispatch, rows_from_tokens, tokens_from_rows
-from mmx.model.parameters import deepnorm_gain, weight, xavier
+from mmx.model.parameters import deepnorm_gain, xavier
 from mmx.model.router import Router, RouterLoad
-from mmx.parallel import island
+from mmx.parallel import gather_in_island, island, stored_axes
+from mmx.parallel.exchange import Assignments, choose_body, even_share, exchange
+from mmx.parallel.global_router import globally_kept
+from mmx.parallel.sequence_layout import SequenceLayout
 from pallas_kernels.grouped_matmul import grouped_matmul
 
 
@@ -29,6 +33,10 @@ class ExpertStats(NamedTuple):
     dropped: jax.Array  # share of assignments that found no room, fp32 scalar
 
 
+_GATE_UP = ("experts", "hidden", None, "expert_hidden")
+_DOWN = ("experts", "expert_hidden", "hidden")
+
+
 class Experts(nnx.Module):
     """y = sum of the chosen experts' w2(silu(w1 x) * w3 x), weighted by the router."""
 
@@ -36,15 +44,11 @@ class Experts(nnx.Module):
         D, E, F, dtype = config.hidden_size, config.num_experts, config.expert_hidden_size, config.param_dtype
         keys = jax.random.split(key, 3)
         gain = deepnorm_gain(config.num_layers)
-        self.capacity_factor = config.capacity_factor
+        self.config = config
         self.router = Router(config, keys[0])
         # w1 (gate) and w3 (up) of each expert side by side: one product makes both.
-        self.gate_up = xavier(
-            keys[1], (E, D, 2, F), ("experts", "hidden", None, "expert_hidden"), dtype, fan_in=D, fan_out=F, gain=gain
-        )
-        self.down = xavier(
-            keys[2], (E, F, D), ("experts", "expert_hidden", "hidden"), dtype, fan_in=F, fan_out=D, gain=gain
-        )
+        self.gate_up = xavier(keys[1], (E, D, 2, F), _GATE_UP, dtype, fan_in=D, fan_out=F, gain=gain)
+        self.down = xavier(keys[2], (E, F, D), _DOWN, dtype, fan_in=F, fan_out=D, gain=gain)
 
     def __call__(self, x: jax.Array, valid: jax.Array | None, *, dropless: bool) -> tuple[jax.Array, ExpertStats]:
         """Routes tokens through their experts.
@@ -59,33 +63,62 @@ class Experts(nnx.Module):
         """
         routing, load = self.router(x, valid)
         routing = jax.tree.map(lambda a: checkpoint_name(a, "routing"), routing)
-        factor = 0.0 if dropless else self.capacity_factor
         tokens = ("batch", "sequence", None) if x.ndim == 3 else ("batch", None)
         run = island(
-            lambda *arguments: _run_experts(*arguments, capacity_factor=factor),
-            (tokens, tokens, tokens, ("experts", None, None, None), ("experts", None, None)),
+            functools.partial(_run_experts, self.config, dropless),
+            (tokens, tokens, tokens, stored_axes(_GATE_UP), stored_axes(_DOWN)),
             (tokens, tokens),
         )
-        weights = weight(self.gate_up, x.dtype), weight(self.down, x.dtype)
-        y, kept = run(x, routing.experts_J, routing.weights_J, *weights)
+        y, kept = run(x, routing.experts_J, routing.weights_J, self.gate_up[...], self.down[...])
         return y, ExpertStats(load, 1.0 - jnp.mean(kept.astype(jnp.float32)))
 
 
-def _run_experts(x, experts_J, weights_J, gate_up_ED2F, down_EFD, *, capacity_factor: float):
-    """The experts on one device's tokens. Returns the output and which assignments were kept."""
-    E, J = gate_up_ED2F.shape[0], experts_J.shape[-1]
-    x_TD, experts_TJ, weights_TJ = (rearrange(a, "... c -> (...) c") for a in (x, experts_J, weights_J))
-    T = x_TD.shape[0]
-    capacity = math.ceil(capacity_factor * T * J / E) if capacity_factor else None
-    dispatch = plan_dispatch(experts_TJ, E, capacity)
-    rows_MD = rows_from_tokens(x_TD, dispatch)
-    hidden_M2F = _expand(rows_MD, gate_up_ED2F, dispatch.group_sizes_E)
-    rows_MD = grouped_matmul(swiglu(hidden_M2F), down_EFD, dispatch.group_sizes_E)
-    y_TD = tokens_from_rows(rows_MD, weights_TJ, dispatch).astype(x.dtype)
-    return y_TD.reshape(x.shape), dispatch.kept_TJ.reshape(experts_J.shape)
+def _run_experts(config: ModelConfig, dropless: bool, x, experts_J, weights_J, gate_up_NDF, down_NFD):
+    """The experts' results for one device's tokens, and which assignments were kept."""
+    factor = 0.0 if dropless else config.capacity_factor
+    E, J, T = config.num_experts, config.experts_per_token, x.size // x.shape[-1]
+    # A few tokens, as in decoding, are not worth cutting.
+    groups = config.exchange_groups if T % config.exchange_groups == 0 else 1
+    kept_J, capacity = None, None
+    if factor and config.global_router:
+        kept_J = globally_kept(experts_J, E, factor, SequenceLayout(config.sequence_layout))
+    elif factor:
+        capacity = even_share(T // groups, J, E, factor)
+    flatten = lambda a: None if a is None else rearrange(a, "... c -> (...) c")  # noqa: E731
+    weights = gather_in_island(gate_up_NDF, _GATE_UP, x.dtype), gather_in_island(down_NFD, _DOWN, x.dtype)
+    y_TD, kept_TJ = exchange(
+        flatten(x),
+        Assignments(flatten(experts_J), flatten(weights_J), flatten(kept_J)),
+        _LocalExperts(*weights),
+        num_experts=E,
+        capacity=capacity,
+        body=choose_body(config.expert_exchange, bool(factor), config.global_router),
+        groups=groups,
+    )
+    return y_TD.astype(x.dtype).reshape(x.shape), kept_TJ.reshape(experts_J.shape)
+
+
+class _LocalExperts(NamedTuple):
+    """w2(silu(w1 x) * w3 x) for the experts of one device."""
+
+    gate_up_ND2F: jax.Array
+    down_NFD: jax.Array
+
+    def grouped(self, rows_MD: jax.Array, group_sizes_N: jax.Array) -> jax.Array:
+        hidden_M2F = _expand(rows_MD, self.gate_up_ND2F, group_sizes_N)
+        return grouped_matmul(swiglu(hidden_M2F), self.down_NFD, group_sizes_N)
+
+    def batched(self, rows_NMD: jax.Array) -> jax.Array:
+        hidden_NM2F = _expand_batched(rows_NMD, self.gate_up_ND2F)
+        return jnp.einsum("nmf,nfd->nmd", swiglu(hidden_NM2F), self.down_NFD)
+
+
+# Checkpointed so that the weights are kept as they came in: a scan over layers would copy their reshaped forms.
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def _expand(rows_MD: jax.Array, gate_up_ND2F: jax.Array, group_sizes_N: jax.Array) -> jax.Array:
+    return grouped_matmul(rows_MD, rearrange(gate_up_ND2F, "n d two f -> n d (two f)"), group_sizes_N)
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)
-def _expand(rows_MD: jax.Array, gate_up_ED2F: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
-    # Checkpointed so that the weights are kept as they came in: a scan over layers would copy their reshaped form.
-    return grouped_matmul(rows_MD, rearrange(gate_up_ED2F, "e d two f -> e d (two f)"), group_sizes_E)
+def _expand_batched(rows_NMD: jax.Array, gate_up_ND2F: jax.Array) -> jax.Array:
+    return jnp.einsum("nmd,ndf->nmf", rows_NMD, rearrange(gate_up_ND2F, "n d two f -> n d (two f)"))

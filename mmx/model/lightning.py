@@ -4,16 +4,21 @@ SiLU on queries, keys and values; constant decay; RMSNorm over all heads togethe
 RoPE, no scale, no biases. Shapes: B batch, S tokens, D hidden, H heads, K head channels.
 """
 
+import functools
+
 import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from mmx.config import ModelConfig
 from mmx.model.activation import sigmoid_gate, silu
+from mmx.model.layout import HEADS_OF_TOKENS, heads_axes, stream_axes
 from mmx.model.linear import linear
 from mmx.model.norm import RMSNorm
 from mmx.model.parameters import deepnorm_gain, weight, xavier
-from mmx.parallel import island
+from mmx.parallel import axis_size, constrain, island
+from mmx.parallel.lasp import lasp_plus
+from mmx.parallel.sequence_layout import SequenceLayout
 from pallas_kernels.lightning_attention import lightning_attention, lightning_attention_step
 
 # The released class default; the configured eps does not reach this norm.
@@ -35,10 +40,11 @@ class LightningAttention(nnx.Module):
         self.gate = xavier(keys[3], (D, H, K), axes, dtype, **fans)
         self.norm = RMSNorm(H * K, OUTPUT_NORM_EPS, dtype)
         self.out = xavier(keys[4], (H, K, D), ("heads", None, "hidden"), dtype, fan_in=H * K, fan_out=D, gain=gain)
+        self.layout = SequenceLayout(config.sequence_layout)
 
     def __call__(
         self, x_BSD: jax.Array, slopes_H: jax.Array, segment_ids_BS: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, jax.Array | None]:
         """Mixes the tokens of each document.
 
         Args:
@@ -47,16 +53,22 @@ class LightningAttention(nnx.Module):
           segment_ids_BS: document ids, or None for one document a row.
 
         Returns:
-          The branch's output [B, S, D], and the state after the last token [B, H, K, K].
+          The branch's output [B, S, D], and the state after the last token [B, H, K, K]; None where rows are split
+          over ``context``.
         """
-        q_BSHK, k_BSHK, v_BSHK = self._project(x_BSD)
-        tokens, state = ("batch", "sequence", "heads", None), ("batch", "heads", None, None)
-        attend = island(
-            lambda q, k, v, slopes, segments: lightning_attention(q, k, v, slopes, segment_ids_BS=segments),
-            (tokens, tokens, tokens, ("heads",), ("batch", "sequence")),
-            (tokens, state),
-        )
-        o_BSHK, state_BHKK = attend(q_BSHK, k_BSHK, v_BSHK, slopes_H, segment_ids_BS)
+        x_BSD = constrain(x_BSD, "batch", "attention_sequence", None)
+        qkv = self._project(x_BSD)
+        in_axes = (*[HEADS_OF_TOKENS] * 3, ("heads",), HEADS_OF_TOKENS[:2])
+        if axis_size("context") > 1:
+            lasp = functools.partial(lasp_plus, axis="context", layout=self.layout)
+            o_BSHK, state_BHKK = island(lasp, in_axes, HEADS_OF_TOKENS)(*qkv, slopes_H, segment_ids_BS), None
+        else:
+            attend = island(
+                lambda q, k, v, slopes, segments: lightning_attention(q, k, v, slopes, segment_ids_BS=segments),
+                in_axes,
+                (HEADS_OF_TOKENS, ("batch", "heads", None, None)),
+            )
+            o_BSHK, state_BHKK = attend(*qkv, slopes_H, segment_ids_BS)
         return self._finish(x_BSD, checkpoint_name(o_BSHK, "attention")), state_BHKK
 
     def step(self, x_BD: jax.Array, slopes_H: jax.Array, state_BHKK: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -66,10 +78,11 @@ class LightningAttention(nnx.Module):
         return self._finish(x_BD, o_BHK), state_BHKK
 
     def _project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        q, k, v = (silu(linear(x, weight(param, x.dtype))) for param in (self.query, self.key, self.value))
+        axes = heads_axes(x.ndim)
+        q, k, v = (silu(linear(x, weight(param, x.dtype), axes)) for param in (self.query, self.key, self.value))
         return q, k, v
 
     def _finish(self, x: jax.Array, o: jax.Array) -> jax.Array:
-        gate = linear(x, weight(self.gate, x.dtype))
+        gate = linear(x, weight(self.gate, x.dtype), heads_axes(x.ndim))
         normed = self.norm(o.reshape(*o.shape[:-2], -1)).reshape(o.shape)
-        return linear(sigmoid_gate(normed, gate), weight(self.out, x.dtype), contract=2)
+        return linear(sigmoid_gate(normed, gate), weight(self.out, x.dtype), stream_axes(x.ndim), contract=2)

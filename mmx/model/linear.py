@@ -12,6 +12,9 @@ import math
 import jax
 from jax import lax
 
+from mmx.parallel import spec
+from mmx.parallel.axes import LogicalAxes
+
 
 def merge_leading(x: jax.Array, keep: int = 1) -> jax.Array:
     """Merges all but the last ``keep`` dimensions, unless a mesh is in scope."""
@@ -20,9 +23,17 @@ def merge_leading(x: jax.Array, keep: int = 1) -> jax.Array:
     return x.reshape(-1, *x.shape[x.ndim - keep :])
 
 
-def linear(x: jax.Array, weight: jax.Array, contract: int = 1) -> jax.Array:
-    """Contracts the last ``contract`` dimensions of x with the first of ``weight``."""
-    return _product(x, weight, contract)
+def linear(x: jax.Array, weight: jax.Array, axes: LogicalAxes, contract: int = 1) -> jax.Array:
+    """Contracts the last ``contract`` dimensions of x with the first of ``weight``.
+
+    Args:
+      axes: logical axes of the result. Where they split what the contraction leaves summed in parts (the heads of an
+        output projection), the sum over devices is a reduce-scatter.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return _product(x, weight, contract)
+    dimensions = (tuple(range(x.ndim - contract, x.ndim)), tuple(range(contract))), ((), ())
+    return lax.dot_general(x, weight, dimensions, out_sharding=spec(*axes))
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)

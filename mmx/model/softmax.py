@@ -10,10 +10,13 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from mmx.config import ModelConfig
+from mmx.model.layout import HEADS_OF_TOKENS, heads_axes, stream_axes
 from mmx.model.linear import linear
 from mmx.model.parameters import deepnorm_gain, weight, xavier
 from mmx.model.rope import RopeTable, apply_rope
-from mmx.parallel import island
+from mmx.parallel import axis_size, constrain, island
+from mmx.parallel.ring import ring_attention
+from mmx.parallel.sequence_layout import SequenceLayout
 from pallas_kernels.softmax_attention import softmax_attention, softmax_attention_step
 
 
@@ -36,6 +39,7 @@ class SoftmaxAttention(nnx.Module):
         self.key = xavier(keys[1], (D, G, K), axes, dtype, fan_in=D, fan_out=G * K)
         self.value = xavier(keys[2], (D, G, K), axes, dtype, fan_in=D, fan_out=G * K, gain=gain)
         self.out = xavier(keys[3], (H, K, D), ("heads", None, "hidden"), dtype, fan_in=H * K, fan_out=D, gain=gain)
+        self.layout = SequenceLayout(config.sequence_layout)
 
     def __call__(
         self, x_BSD: jax.Array, rope: RopeTable, segment_ids_BS: jax.Array | None
@@ -50,15 +54,17 @@ class SoftmaxAttention(nnx.Module):
         Returns:
           The branch's output [B, S, D], and the tokens' keys and values for a cache.
         """
-        q_BSHK, k_BSGK, v_BSGK = self._project(x_BSD, rope)
-        tokens = ("batch", "sequence", "heads", None)
-        attend = island(
-            lambda q, k, v, segments: softmax_attention(q, k, v, segment_ids_BS=segments),
-            (tokens, tokens, tokens, ("batch", "sequence")),
-            tokens,
-        )
+        q_BSHK, k_BSGK, v_BSGK = self._project(constrain(x_BSD, "batch", "attention_sequence", None), rope)
+        attend = island(self._attend, (*[HEADS_OF_TOKENS] * 3, HEADS_OF_TOKENS[:2]), HEADS_OF_TOKENS)
         o_BSHK = checkpoint_name(attend(q_BSHK, k_BSGK, v_BSGK, segment_ids_BS), "attention")
         return self._finish(o_BSHK), KeyValues(k_BSGK, v_BSGK)
+
+    def _attend(
+        self, q_BSHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, segment_ids_BS: jax.Array | None
+    ) -> jax.Array:
+        if axis_size("context") > 1:
+            return ring_attention(q_BSHK, k_BSGK, v_BSGK, segment_ids_BS, axis="context", layout=self.layout)
+        return softmax_attention(q_BSHK, k_BSGK, v_BSGK, segment_ids_BS=segment_ids_BS)
 
     def step(
         self, x_BD: jax.Array, rope: RopeTable, cache: KeyValues, slot: jax.Array, valid_BT: jax.Array
@@ -79,8 +85,9 @@ class SoftmaxAttention(nnx.Module):
         return self._finish(softmax_attention_step(q_BHK, *cache, valid_BT).astype(x_BD.dtype)), cache
 
     def _project(self, x: jax.Array, rope: RopeTable) -> tuple[jax.Array, jax.Array, jax.Array]:
-        q, k, v = (linear(x, weight(param, x.dtype)) for param in (self.query, self.key, self.value))
+        axes = heads_axes(x.ndim)
+        q, k, v = (linear(x, weight(param, x.dtype), axes) for param in (self.query, self.key, self.value))
         return apply_rope(q, rope), apply_rope(k, rope), v
 
     def _finish(self, o: jax.Array) -> jax.Array:
-        return linear(o, weight(self.out, o.dtype), contract=2)
+        return linear(o, weight(self.out, o.dtype), stream_axes(o.ndim - 1), contract=2)

@@ -24,15 +24,18 @@ from jax import lax
 from mmx.config import ModelConfig
 from mmx.model.block import Block, Step, Tokens
 from mmx.model.experts import ExpertStats
+from mmx.model.layout import stream_axes
 from mmx.model.norm import RMSNorm
 from mmx.model.parameters import weight, xavier
 from mmx.model.rope import rope_table
-from mmx.parallel import constrain, parameter_spec, spec
+from mmx.parallel import axis_size, constrain, gather_in_island, island, parameter_spec, stored_axes
 from mmx.parallel.axes import GATHERED_WEIGHT
 from pallas_kernels.lightning_attention import layer_slopes
 from pallas_kernels.segments import document_positions
 
 Params = dict[str, Any]
+
+_TABLE = ("vocab", "hidden")
 
 
 class LayerRun(NamedTuple):
@@ -63,7 +66,7 @@ class TextModel(nnx.Module):
         self.config = config = dataclasses.replace(config)
         V, D = config.vocab_size, config.hidden_size
         embedding_key, head_key, *layer_keys = jax.random.split(key, 2 + config.num_layers)
-        table = functools.partial(xavier, shape=(V, D), axes=("vocab", "hidden"), dtype=config.param_dtype)
+        table = functools.partial(xavier, shape=(V, D), axes=_TABLE, dtype=config.param_dtype)
         self.embedding = table(embedding_key, fan_in=V, fan_out=D)
         self.head = None if config.tie_embeddings else table(head_key, fan_in=D, fan_out=V)
         self.final_norm = RMSNorm(D, config.norm_eps, config.param_dtype)
@@ -104,10 +107,13 @@ class TextModel(nnx.Module):
           each run, stacked [P, R, B, ...], or None.
         """
         config = self.config
+        if axis_size("context") > 1 and (positions_BS is None or keep_cache):
+            raise ValueError("rows split over context need their positions given, and leave no cache")
         if positions_BS is None:
             whole_BS = jnp.zeros_like(tokens_BS) if segment_ids_BS is None else segment_ids_BS
             positions_BS = document_positions(whole_BS)
         rope = rope_table(positions_BS, config.rotary_dim, config.rope_base)
+        valid_BS = None if valid_BS is None else constrain(valid_BS, "batch", "sequence")
         tokens = Tokens(rope, segment_ids_BS, valid_BS)
 
         def layer(x_BSD, inputs):
@@ -148,21 +154,31 @@ class TextModel(nnx.Module):
     def logits(self, x: jax.Array) -> jax.Array:
         """Logits [..., V] of hidden states [..., D], fp32 (rounded to the activations' dtype unless logits_fp32)."""
         dtype = jnp.promote_types(jnp.float32, x.dtype)
+        if x.ndim == 3:
+            x = constrain(x, "batch", "attention_sequence", None)
         logits = jnp.einsum("...d,vd->...v", x, self.head_weight(x.dtype), preferred_element_type=dtype)
         return logits.astype(self.logits_dtype(x.dtype)).astype(dtype)
 
     def head_weight(self, dtype: jnp.dtype) -> jax.Array:
         """The output embedding [V, D]; the input embedding if they are tied."""
-        return weight(self.embedding if self.head is None else self.head, dtype)
+        return weight(self.head_parameter, dtype)
+
+    @property
+    def head_parameter(self) -> nnx.Param:
+        """The parameter that holds the output embedding."""
+        return self.embedding if self.head is None else self.head
 
     def logits_dtype(self, dtype: jnp.dtype) -> jnp.dtype:
         """What logits are rounded to, for activations of ``dtype``."""
         return jnp.promote_types(jnp.float32, dtype) if self.config.logits_fp32 else dtype
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
-        table_VD = weight(self.embedding, jnp.dtype(self.config.dtype))
-        axes = ("batch", "sequence", None) if tokens.ndim == 2 else ("batch", None)
-        return _lookup(table_VD, constrain(tokens, *axes[:-1]), axes)
+        lookup = island(
+            functools.partial(_lookup, jnp.dtype(self.config.dtype)),
+            (stored_axes(_TABLE), ("batch", "attention_sequence") if tokens.ndim == 2 else ("batch",)),
+            stream_axes(tokens.ndim + 1),
+        )
+        return lookup(self.embedding[...], tokens)
 
     def _scan(self, layer: Callable, x: jax.Array, *per_run: dict[str, Any]) -> tuple[jax.Array, dict[str, Any]]:
         """Runs ``layer(x, (block, slopes, *inputs)) -> (x, outputs)`` over all layers; outputs by run, [P, R, ...]."""
@@ -198,10 +214,15 @@ class TextModel(nnx.Module):
         return jax.tree.map(join, *(by_run[run.name] for run in runs))
 
 
-def _lookup(table_VD: jax.Array, tokens: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-    if jax.sharding.get_abstract_mesh().empty:
+def _lookup(dtype: jnp.dtype, table_VD: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Embeddings of one device's tokens. Each device of ``tensor`` has a part of the vocabulary and adds its rows."""
+    table_VD = gather_in_island(table_VD, _TABLE, dtype)
+    if axis_size("tensor") == 1:
         return table_VD[tokens]
-    return table_VD.at[tokens].get(out_sharding=spec(*axes))
+    V = table_VD.shape[0]
+    mine = tokens - lax.axis_index("tensor") * V
+    x = table_VD.at[jnp.where((mine >= 0) & (mine < V), mine, V)].get(mode="fill", fill_value=0)
+    return lax.psum_scatter(x, "tensor", scatter_dimension=1, tiled=True) if x.ndim == 3 else lax.psum(x, "tensor")
 
 
 def _remat(layer: Callable, policy: str) -> Callable:

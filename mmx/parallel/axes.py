@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
@@ -15,25 +17,69 @@ from mmx.config import BATCH_AXES
 
 LogicalAxes = Sequence[str | None]
 
-# Logical axis -> mesh axes. None, and any axis not listed, is not split.
-_MESH_AXES: dict[str, tuple[str, ...]] = {
+# Logical axis -> mesh axes, the outermost first. Report sections 3.1 and 3.2; DESIGN: attention and experts are laid
+# out independently, and every mesh axis splits the tokens that experts see.
+MESH_AXES_OF: dict[str, tuple[str, ...]] = {
     "batch": BATCH_AXES,
-    "sequence": ("context",),
-    # The hidden dimension of a parameter at rest; layers gather it before use.
-    "stored_hidden": ("fsdp",),
+    # Tokens of a row where every token is worked on alone: the residual stream, norms, router and experts.
+    "sequence": ("context", "tensor"),
+    # Tokens of a row where heads or the vocabulary are split over ``tensor``.
+    "attention_sequence": ("context",),
+    "heads": ("tensor",),
+    "vocab": ("tensor",),
+    "experts": ("expert",),
+    "expert_hidden": ("expert_tensor",),
+    # The hidden dimension of a weight as it is computed with, ...
+    "hidden": (),
+    # ... and at rest: over all devices that would otherwise hold the same numbers, ``replica`` excepted.
+    "stored_hidden": ("fsdp", "expert", "expert_tensor", "context"),
+    "stored_expert_hidden": ("fsdp", "context", "tensor"),
 }
 # Name of gathered weights, which the backward pass gathers again instead of keeping.
 GATHERED_WEIGHT = "gathered_weight"
 
 
 def spec(*axes: str | None) -> PartitionSpec:
-    """The partition spec of an array whose dimensions are the given logical axes."""
-    return PartitionSpec(*(_MESH_AXES.get(axis) if axis is not None else None for axis in axes))
+    """The partition spec of an array whose dimensions are the given logical axes.
+
+    Raises:
+      ValueError: for a logical axis that is not in the table, or two dimensions that share a mesh axis.
+    """
+    entries: list[tuple[str, ...] | None] = []
+    owner: dict[str, str] = {}
+    for axis in axes:
+        if axis is not None and axis not in MESH_AXES_OF:
+            raise ValueError(f"unknown logical axis {axis!r}: use one of {', '.join(MESH_AXES_OF)}")
+        mesh_axes = MESH_AXES_OF[axis] if axis is not None else ()
+        for mesh_axis in mesh_axes:
+            if mesh_axis in owner:
+                raise ValueError(
+                    f"{owner[mesh_axis]!r} and {axis!r} are both split over mesh axis {mesh_axis!r}: one array cannot "
+                    "have both"
+                )
+            owner[mesh_axis] = axis
+        entries.append(mesh_axes or None)
+    return PartitionSpec(*entries)
+
+
+def stored_axes(axes: LogicalAxes) -> tuple[str | None, ...]:
+    """Logical axes of a parameter at rest, from those it is computed with."""
+    hidden = "stored_expert_hidden" if "experts" in axes else "stored_hidden"
+    return tuple(hidden if axis == "hidden" else axis for axis in axes)
 
 
 def parameter_spec(axes: LogicalAxes, ndim: int) -> PartitionSpec:
     """How a parameter lies at rest; dimensions in front of ``axes`` (stacked layers) are not split."""
-    return spec(*[None] * (ndim - len(axes)), *("stored_hidden" if axis == "hidden" else axis for axis in axes))
+    return spec(*[None] * (ndim - len(axes)), *stored_axes(axes))
+
+
+def axis_size(*mesh_axes: str) -> int:
+    """Devices along mesh axes of the mesh in scope, inside an island too; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    size = 1
+    for axis in mesh_axes:
+        size *= 1 if mesh.empty else mesh.shape[axis]
+    return size
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -47,6 +93,26 @@ def gather_weight(weight: jax.Array, axes: LogicalAxes) -> jax.Array:
     The gradient flows back as a reduce-scatter to the layout at rest (FSDP).
     """
     return weight if _no_mesh() else checkpoint_name(constrain(weight, *axes), GATHERED_WEIGHT)
+
+
+def gather_in_island(shard: jax.Array, axes: LogicalAxes, dtype: jnp.dtype) -> jax.Array:
+    """``gather_weight`` for code inside an island, which received the parameter as it lies at rest.
+
+    Its transpose is a reduce-scatter by construction; between islands that is left to the compiler.
+
+    Args:
+      shard: this device's part of the parameter.
+      axes: logical axes that the parameter is computed with.
+      dtype: the weight is cast before it travels.
+    """
+    weight = shard.astype(dtype)
+    if _no_mesh():
+        return weight
+    for dimension, (axis, stored) in enumerate(zip(axes, stored_axes(axes), strict=True)):
+        over = tuple(name for name in MESH_AXES_OF.get(stored, ()) if axis_size(name) > 1)
+        if axis != stored and over:
+            weight = lax.all_gather(weight, over, axis=dimension, tiled=True)
+    return checkpoint_name(weight, GATHERED_WEIGHT)
 
 
 def island(function: Callable, in_axes: Sequence[LogicalAxes | None], out_axes: Any) -> Callable:

@@ -15,19 +15,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from mmx.config import ConfigError, Run, save_json
-from mmx.data.loader import PreparedData, Share
-from mmx.data.packing import ROW_DTYPES, Row
+from mmx.data.loader import PreparedData
+from mmx.data.packing import Row
 from mmx.data.prepare import TOKENIZER
-from mmx.parallel import build_mesh, spec
+from mmx.parallel import build_mesh
+from mmx.parallel.sequence_layout import SequenceLayout
 from mmx.train.checkpoint import Checkpoints, Progress
 from mmx.train.console import Console
 from mmx.train.evaluate import HeldoutLoss, heldout_loss, heldout_sums
-from mmx.train.loss import Batch
 from mmx.train.metrics import MetricsWriter
 from mmx.train.optimizer import build_optimizer
+from mmx.train.placement import BatchPlacement
 from mmx.train.schedule import learning_rate
 from mmx.train.step import StepMetrics, TrainState, abstract_state, init_state, train_step
 from mmx.train.stop import StopRequest, stop_on_signals
@@ -74,8 +75,10 @@ class _Session:
     """One process's part in a run, from start to end."""
 
     def __init__(self, run: Run, workdir: Path, console: Console, mesh: Mesh | None, stop: StopRequest):
-        self._run, self._workdir, self._console, self._mesh, self._stop = run, workdir, console, mesh, stop
-        self._share = Share(jax.process_index(), jax.process_count())
+        self._run, self._workdir, self._console, self._stop = run, workdir, console, stop
+        layout = SequenceLayout(run.model.sequence_layout)
+        self._placement = BatchPlacement(mesh, layout, run.data.batch_size, run.data.sequence_length)
+        self._is_writer = jax.process_index() == 0
         self._data = PreparedData(run.data)
         needed = self._data.tokenizer.vocab_size
         if needed > run.model.vocab_size:
@@ -83,7 +86,7 @@ class _Session:
                 f"model.vocab_size={run.model.vocab_size} does not fit the tokenizer of {self._data.folder}, which has "
                 f"{needed} tokens: set it to at least {needed}"
             )
-        self._batches = self._data.training_batches(run.train.seed, self._share)
+        self._batches = self._data.training_batches(run.train.seed, self._placement.share)
         self._optimizer = build_optimizer(run.optimizer)
         self._tokens_per_step = run.data.batch_size * run.data.sequence_length
 
@@ -96,7 +99,7 @@ class _Session:
                 console.say(f"already at step {progress.step}: raise train.steps to go on")
                 return Outcome(progress.step, None, None)
             self._write_workdir()
-            metrics = MetricsWriter(self._workdir, progress.step or None) if self._share.index == 0 else None
+            metrics = MetricsWriter(self._workdir, progress.step or None) if self._is_writer else None
             try:
                 return self._train(state, progress, checkpoints, metrics)
             finally:
@@ -117,7 +120,7 @@ class _Session:
         return jax.jit(init)(), Progress(step=0, tokens=0, data=self._batches.get_state())
 
     def _write_workdir(self) -> None:
-        if self._share.index == 0:
+        if self._is_writer:
             self._workdir.mkdir(parents=True, exist_ok=True)
             save_json(self._run, self._workdir / CONFIG)
             shutil.copyfile(self._data.tokenizer_path, self._workdir / TOKENIZER)
@@ -126,7 +129,7 @@ class _Session:
         self, state: TrainState, progress: Progress, checkpoints: Checkpoints, metrics: MetricsWriter | None
     ) -> Outcome:
         run, console = self._run, self._console
-        reporter = _Reporter(run, console, metrics)
+        reporter = _Reporter(run, console, metrics, self._placement.share.count)
         if progress.step == 0:
             self._evaluate(state, progress, reporter)
         console.say("compiling the training step")
@@ -140,7 +143,7 @@ class _Session:
             waited = time.monotonic()
             row = next(iterator)
             reporter.waited_for_data(time.monotonic() - waited)
-            batch = self._to_device(row)
+            batch = self._placement.to_devices(row)
             tokens = progress.tokens + self._tokens_per_step
             rate = learning_rate(run.optimizer, tokens, self._tokens_per_step)
             state, step_metrics = step(state, batch, jnp.float32(rate))
@@ -168,18 +171,9 @@ class _Session:
         step = functools.partial(
             train_step, run.model, self._optimizer, run.optimizer.clip_norm, run.train.micro_batches
         )
-        shape = (run.data.batch_size // self._share.count, run.data.sequence_length)
-        example = self._to_device({name: np.zeros(shape, dtype) for name, dtype in ROW_DTYPES.items()})
+        example = self._placement.empty()
         # The state's buffers are reused for the new state.
         return jax.jit(step, donate_argnums=0).lower(state, example, jnp.float32(0)).compile()
-
-    def _to_device(self, row: Row) -> Batch:
-        """This process's rows as the global batch."""
-        fields = (row[name] for name in ROW_DTYPES)
-        if self._mesh is None:
-            return Batch(*(jnp.asarray(x) for x in fields))
-        sharding = NamedSharding(self._mesh, spec("batch", "sequence"))
-        return Batch(*(jax.make_array_from_process_local_data(sharding, x) for x in fields))
 
     @functools.cached_property
     def _heldout_sums(self) -> Any:
@@ -193,7 +187,8 @@ class _Session:
         if not self._run.data.heldout_sequences:
             return None
         with reporter.paused():
-            batches = (self._to_device(row) for row in self._data.heldout_batches(self._share))
+            rows = self._data.heldout_batches(self._placement.share)
+            batches = (self._placement.to_devices(row) for row in rows)
             loss = heldout_loss(lambda batch: self._heldout_sums(state.params, batch), batches)
         reporter.evaluated(progress, loss)
         return loss
@@ -205,8 +200,9 @@ class _Reporter:
     The metrics of a logged step are fetched when the next step has been started, so that the devices never wait for it.
     """
 
-    def __init__(self, run: Run, console: Console, metrics: MetricsWriter | None):
-        self._run, self._console, self._metrics = run, console, metrics
+    def __init__(self, run: Run, console: Console, metrics: MetricsWriter | None, shares: int):
+        """``shares``: parts that a batch is read in, of which this process reads one."""
+        self._run, self._console, self._metrics, self._shares = run, console, metrics, shares
         self._pending: tuple[Progress, float, StepMetrics, Row] | None = None
         self.resume_clock()
 
@@ -260,6 +256,7 @@ class _Reporter:
             "data_wait": self._data_seconds / seconds,
             "router_load_max": float(load_LE.max() * load_LE.shape[1]),
             "drop_rate": float(values.stats.dropped.mean()),
+            "drop_rate_by_layer": np.round(values.stats.dropped.astype(float), 6).tolist(),
             "skipped_steps": int(values.skipped),
         }
         mfu = self._utilisation(row, seconds / self._steps)
@@ -276,8 +273,8 @@ class _Reporter:
         self.resume_clock()
 
     def _utilisation(self, row: Row, seconds: float) -> float | None:
-        # The documents of this process stand for those of the others.
-        lengths = document_lengths(row["segment_ids"]) * jax.process_count()
+        # The documents that this process reads stand for those of the others.
+        lengths = document_lengths(row["segment_ids"]) * self._shares
         return utilisation(self._run.model, lengths, seconds, jax.devices()[0].device_kind, jax.device_count())
 
     def _write(self, row: dict[str, Any]) -> None:

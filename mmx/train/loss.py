@@ -7,12 +7,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from mmx.config import ModelConfig
 from mmx.model.experts import ExpertStats
+from mmx.model.layout import stream_axes
 from mmx.model.router import auxiliary_loss
 from mmx.model.text import Params, TextModel, bind
-from mmx.parallel import constrain, island
+from mmx.parallel import axis_size, constrain, gather_in_island, island, stored_axes
 from pallas_kernels.cross_entropy import cross_entropy
 
 
@@ -57,13 +59,20 @@ def loss_sums(config: ModelConfig, params: Params, batch: Batch, *, dropless: bo
 
 def next_token_nll(model: TextModel, x_BSD: jax.Array, targets_BS: jax.Array, weights_BS: jax.Array) -> jax.Array:
     """Weighted sum of the target tokens' negative log-likelihoods, without ever holding all logits."""
+    head = model.head_parameter
+    axes = head.get_metadata("axes")
+    logits_dtype = model.logits_dtype(x_BSD.dtype)
 
     def local_sum(x_BSD, head_VD, targets_BS, weights_BS):
+        vocab_axis = "tensor" if axis_size("tensor") > 1 else None
+        if vocab_axis:
+            # Every device of ``tensor`` has a part of the vocabulary and scores all the group's tokens with it.
+            x_BSD = lax.all_gather(x_BSD, vocab_axis, axis=1, tiled=True)
         x_TD, targets_T, weights_T = x_BSD.reshape(-1, x_BSD.shape[-1]), targets_BS.reshape(-1), weights_BS.reshape(-1)
-        logits_dtype = model.logits_dtype(x_TD.dtype)
-        total = cross_entropy(x_TD, head_VD, targets_T, weights_T, logits_dtype=logits_dtype)
+        head_VD = gather_in_island(head_VD, axes, x_TD.dtype)
+        total = cross_entropy(x_TD, head_VD, targets_T, weights_T, logits_dtype=logits_dtype, vocab_axis=vocab_axis)
         return total.reshape(1, 1)
 
-    tokens = ("batch", "sequence")
-    run = island(local_sum, ((*tokens, None), (None, None), tokens, tokens), tokens)
-    return constrain(jnp.sum(run(x_BSD, model.head_weight(x_BSD.dtype), targets_BS, weights_BS)))
+    tokens = ("batch", "attention_sequence")
+    run = island(local_sum, (stream_axes(3), stored_axes(axes), tokens, tokens), tokens)
+    return constrain(jnp.sum(run(x_BSD, head[...], targets_BS, weights_BS)))

@@ -116,5 +116,6 @@ def _token_sum_gradient(
 
 def _split_rows(x_BS: jax.Array, micro_batches: int) -> jax.Array:
     """[B, S] to [A, B / A, S], the B / A split over devices as B was."""
+    axes = ("batch", "attention_sequence")
     parts = (x_BS[row::micro_batches] for row in range(micro_batches))
-    return constrain(jnp.stack([constrain(part, "batch", "sequence") for part in parts]), None, "batch", "sequence")
+    return constrain(jnp.stack([constrain(part, *axes) for part in parts]), None, *axes)

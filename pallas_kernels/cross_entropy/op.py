@@ -23,6 +23,7 @@ def cross_entropy(
     weights_T: jax.Array,
     *,
     logits_dtype: jnp.dtype = jnp.float32,
+    vocab_axis: str | None = None,
     implementation: str = "auto",
 ) -> jax.Array:
     """``sum_t weights[t] * -log softmax(x[t] @ head^T)[targets[t]]``.
@@ -30,9 +31,12 @@ def cross_entropy(
     Args:
       x_TD: final hidden states.
       head_VD: output embedding, x's dtype.
-      targets_T: int32 next tokens, each in 0..V-1; where there is none, any valid token with weight 0.
+      targets_T: int32 next tokens, each in the vocabulary; where there is none, any valid token with weight 0.
       weights_T: fp32 weight of each token.
       logits_dtype: what the logits, accumulated in fp32, are rounded to before the softmax.
+      vocab_axis: inside ``shard_map``, the mesh axis over which the vocabulary is split: ``head_VD`` is this device's
+        part, targets are of the whole, and x, targets and weights are the same along the axis. Cotangents follow
+        ``shard_map``'s convention: that of the result is summed over the axis, that of x is this device's part.
       implementation: "auto", or one of ``IMPLEMENTATIONS`` to force it.
 
     Returns:
@@ -47,11 +51,14 @@ def cross_entropy(
             f"x {x_TD.shape} {x_TD.dtype}, head {head_VD.shape} {head_VD.dtype}, targets {targets_T.shape} and weights "
             f"{weights_T.shape} do not fit: need [T, D], [V, D] of one dtype, [T] and [T]"
         )
+    if vocab_axis is not None and implementation == "reference":
+        raise ValueError('implementation="reference" does not split the vocabulary: use "auto" or "blocked"')
     if implementation == "reference":
         return cross_entropy_reference(x_TD, head_VD, targets_T, weights_T, logits_dtype)
     if implementation in ("auto", "blocked"):
         block = max(16, _LOGITS_BYTES[target_platform()] // (4 * V))
-        return cross_entropy_blocked(x_TD, head_VD, targets_T, weights_T, logits_dtype, _even_block(T, block))
+        block = _even_block(T, block)
+        return cross_entropy_blocked(x_TD, head_VD, targets_T, weights_T, logits_dtype, block, vocab_axis)
     raise ValueError(f"implementation={implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
 
 

@@ -20,6 +20,8 @@ MODEL_MISTAKES = {
     "capacity_factor=-1.0 is negative": {"capacity_factor": -1.0},
     "aux_loss_form='z' is not one of": {"aux_loss_form": "z"},
     "softmax_alpha=0.0 must be greater than 0": {"softmax_alpha": 0.0},
+    "sequence_layout='striped' is not one of": {"sequence_layout": "striped"},
+    "capacity_factor=0 sets none": {"global_router": True},
     "rope_base=1.0 must be greater than 1": {"rope_base": 1.0},
 }
 
@@ -31,19 +33,23 @@ def test_model(sentence):
 
 
 RUN_MISTAKES = {
-    "sequence_length=510 cannot be split over mesh.context=4": ({"data.sequence_length": 510, "mesh.context": 4}, 4),
-    "num_kv_heads=2 cannot be split over mesh.tensor=4": ({"mesh.tensor": 4}, 4),
-    "num_experts=4 cannot be split over mesh.expert=3": ({"mesh.expert": 3}, 3),
-    "batch_size=6 cannot be split over replica x fsdp x expert x expert_tensor = 4": (
-        {"data.batch_size": 6, "mesh.fsdp": 4},
+    "sequence_length=510 cannot be split over context = 4 and half slices of model.sequence_layout = 2: use a multiple of 8": (
+        {"data.sequence_length": 510, "mesh.context": 4},
         4,
     ),
-    "train.micro_batches=3: use a multiple of 3": ({"train.micro_batches": 3}, 1),
+    "num_kv_heads=2 cannot be split over tensor = 4": ({"mesh.tensor": 4}, 4),
+    "num_experts=4 cannot be split over expert = 3": ({"mesh.expert": 3}, 3),
+    "batch_size=6 cannot be split over replica x fsdp = 4": (
+        {"data.batch_size": 6, "mesh.fsdp": 2, "mesh.replica": 2},
+        4,
+    ),
+    "batch_size=8 cannot be split over train.micro_batches = 3: use a multiple of 3": ({"train.micro_batches": 3}, 1),
     "the mesh has fsdp 2 = 2 devices and this run has 8": ({"mesh.fsdp": 2}, 8),
     "mesh.replica and mesh.fsdp are both -1": ({"mesh.fsdp": -1, "mesh.replica": -1}, 8),
     "mesh.fsdp=-1 cannot take the rest: the other axes make 3": ({"mesh.fsdp": -1, "mesh.replica": 3}, 8),
     "mesh.fsdp=0: use a positive size": ({"mesh.fsdp": 0}, 8),
-    "mesh.context=2 is not built yet": ({"mesh.context": 2}, 2),
+    "vocab_size=4095 cannot be split over tensor = 2": ({"mesh.tensor": 2, "model.vocab_size": 4095}, 2),
+    "exchange_groups=7 does not divide the 4096 tokens": ({"model.exchange_groups": 7}, 1),
     "train.steps=0 is too small": ({"train.steps": 0}, 1),
     "checkpoint.keep=0 is too small": ({"checkpoint.keep": 0}, 1),
     "optimizer.peak_lr=0.0 must be greater than 0": ({"optimizer.peak_lr": 0.0}, 1),

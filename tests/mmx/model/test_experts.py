@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from mmx.model.activation import swiglu
-from mmx.model.dispatch import plan_dispatch, rows_from_tokens, tokens_from_rows
 from mmx.model.experts import Experts
 from mmx.model.router import Router, RouterLoad, auxiliary_loss
+from mmx.parallel.dispatch import plan_dispatch, rows_from_tokens, tokens_from_rows
 from tests.tiny import TINY, tiny
 
 

@@ -3,7 +3,7 @@
 A scatter-add would be slow on TPU and CPU and would sum in no fixed order on GPU; since both directions of the
 permutation are known, neither direction needs one.
 
-Shapes: T tokens, J chosen experts a token, M = T * J rows, E experts, D channels.
+Shapes: T tokens, J chosen experts a token, A = T * J assignments, M rows, E experts, D channels.
 """
 
 from typing import NamedTuple
@@ -15,13 +15,20 @@ import jax.numpy as jnp
 class Dispatch(NamedTuple):
     """Where each assignment's row is, and which token each row comes from."""
 
-    row_TJ: jax.Array  # int32; M for an assignment that was dropped
-    token_M: jax.Array  # int32; rows beyond the kept assignments repeat token 0
+    row_TJ: jax.Array  # int32; M for an assignment without a row
+    token_M: jax.Array  # int32; token 0 for a row without an assignment
     group_sizes_E: jax.Array  # rows of each expert, int32
     kept_TJ: jax.Array  # bool
 
 
-def plan_dispatch(experts_TJ: jax.Array, num_experts: int, capacity: int | None) -> Dispatch:
+def plan_dispatch(
+    experts_TJ: jax.Array,
+    num_experts: int,
+    capacity: int | None = None,
+    *,
+    kept_TJ: jax.Array | None = None,
+    buckets: bool = False,
+) -> Dispatch:
     """Sorts assignments by expert and drops what an expert has no room for.
 
     Rows of an expert, and the order in which its capacity fills, are by choice first and position second: every token's
@@ -29,22 +36,33 @@ def plan_dispatch(experts_TJ: jax.Array, num_experts: int, capacity: int | None)
     the same on every run. The report does not print its order; this is GShard's.
 
     Args:
-      experts_TJ: chosen experts, best first.
+      experts_TJ: chosen experts, best first. One outside of 0..E-1 is another device's and gets no row here.
       capacity: most rows an expert takes; None keeps everything.
+      kept_TJ: bool, False for assignments that were dropped before.
+      buckets: False lets experts follow each other without gaps, M = A. True gives each ``capacity`` rows, filled or
+        not, M = E * capacity.
     """
     T, J = experts_TJ.shape
-    M = T * J
-    chosen_EM = experts_TJ.T.reshape(1, M) == jnp.arange(num_experts, dtype=experts_TJ.dtype)[:, None]
-    rank_EM = jnp.cumsum(chosen_EM, axis=1, dtype=jnp.int32)
-    counts_E = rank_EM[:, -1]
+    A = T * J
+    chosen_EA = experts_TJ.T.reshape(1, A) == jnp.arange(num_experts, dtype=experts_TJ.dtype)[:, None]
+    if kept_TJ is not None:
+        chosen_EA &= kept_TJ.T.reshape(1, A)
+    rank_EA = jnp.cumsum(chosen_EA, axis=1, dtype=jnp.int32)
+    counts_E = rank_EA[:, -1]
     sizes_E = counts_E if capacity is None else jnp.minimum(counts_E, capacity)
+    if buckets:
+        M, starts_E = num_experts * capacity, jnp.arange(num_experts, dtype=jnp.int32) * capacity
+    else:
+        M, starts_E = A, jnp.cumsum(sizes_E) - sizes_E
     # An assignment's rank within its expert, from 0, and the expert's first row.
-    rank_M = jnp.sum(jnp.where(chosen_EM, rank_EM - 1, 0), axis=0)
-    start_M = jnp.sum(jnp.where(chosen_EM, (jnp.cumsum(sizes_E) - sizes_E)[:, None], 0), axis=0)
-    kept_M = jnp.ones((M,), bool) if capacity is None else rank_M < capacity
-    row_M = jnp.where(kept_M, start_M + rank_M, M)
-    token_M = jnp.zeros((M,), jnp.int32).at[row_M].set(jnp.tile(jnp.arange(T, dtype=jnp.int32), J), mode="drop")
-    return Dispatch(row_M.reshape(J, T).T, token_M, sizes_E.astype(jnp.int32), kept_M.reshape(J, T).T)
+    rank_A = jnp.sum(jnp.where(chosen_EA, rank_EA - 1, 0), axis=0)
+    start_A = jnp.sum(jnp.where(chosen_EA, starts_E[:, None], 0), axis=0)
+    has_row_A = jnp.any(chosen_EA, axis=0)
+    if capacity is not None:
+        has_row_A &= rank_A < capacity
+    row_A = jnp.where(has_row_A, start_A + rank_A, M)
+    token_M = jnp.zeros((M,), jnp.int32).at[row_A].set(jnp.tile(jnp.arange(T, dtype=jnp.int32), J), mode="drop")
+    return Dispatch(row_A.reshape(J, T).T, token_M, sizes_E.astype(jnp.int32), has_row_A.reshape(J, T).T)
 
 
 @jax.custom_vjp
