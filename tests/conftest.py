@@ -1,4 +1,4 @@
-"""Settings of the whole suite: CPU, four virtual devices, shared compiled programs."""
+"""Settings of the whole suite: CPU, eight virtual devices, shared compiled programs."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Code that runs for microseconds is not worth optimising: compiling is what takes the time here.
 os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=4 "
+    "--xla_force_host_platform_device_count=8 "
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
 # Workers, and programs that the tests start, compile each program once.

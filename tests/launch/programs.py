@@ -7,8 +7,8 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parent.parent.parent
 ENVIRONMENT = os.environ | {
-    # One device; the suite's own flags ask for four.
-    "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=4", ""),
+    # One device; the suite's own flags ask for eight.
+    "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", ""),
     "PYTHONPATH": str(REPOSITORY),
 }
 

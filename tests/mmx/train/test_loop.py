@@ -1,4 +1,4 @@
-"""A whole run in one process, on the four virtual devices: learns, reports, evaluates, goes on."""
+"""A whole run in one process, on eight virtual devices: learns, reports, evaluates, goes on."""
 
 import html
 import io

@@ -1,0 +1,114 @@
+"""Lightning attention split over ranks against one device, values and gradients."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmx.parallel import lasp as module
+from mmx.parallel.lasp import lasp, lasp_plus
+from mmx.parallel.sequence_layout import SequenceLayout
+from pallas_kernels.lightning_attention import lightning_attention
+from tests.mmx.parallel.collectives import collectives
+from tests.mmx.parallel.rows import (
+    AXIS,
+    LENGTH,
+    RANKS_AND_LAYOUTS,
+    SEGMENTS,
+    TOKENS,
+    assert_same,
+    rank_mesh,
+    split,
+    with_gradients,
+)
+
+B, H, K, V = 2, 3, 8, 5
+# The strongest slope of the released model, a middling one and one that hardly forgets.
+SLOPES = np.asarray((0.917, 0.1, 0.0004))
+FORMS = {"lasp_plus": lasp_plus, "lasp": lasp}
+
+
+def operands(dtype=np.float64):
+    rng = np.random.default_rng(0)
+    return [rng.normal(size=(B, LENGTH, H, width)).astype(dtype) for width in (K, K, V, V)]
+
+
+@pytest.fixture(autouse=True)
+def small_correction_blocks(monkeypatch):
+    # Several blocks a slice, the last one overlapping, at the lengths of these tests.
+    monkeypatch.setattr(module, "_CORRECTION_BLOCK", 5)
+
+
+def on_ranks(form, ranks, layout, cotangent, dtype=np.float64):
+    layout = SequenceLayout(layout)
+    function = lambda q, k, v, s: FORMS[form](q, k, v, jnp.asarray(SLOPES, dtype), s, axis=AXIS, layout=layout)  # noqa: E731
+    return with_gradients(split(function, ranks, layout), cotangent)
+
+
+@functools.cache
+def on_one_device(name):
+    *qkv, do = operands()
+    function = lambda q, k, v, s: lightning_attention(q, k, v, jnp.asarray(SLOPES), segment_ids_BS=s)[0]  # noqa: E731
+    return jax.device_get(with_gradients(function, do)(*qkv, SEGMENTS[name]))
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(("ranks", "layout"), RANKS_AND_LAYOUTS)
+@pytest.mark.parametrize("form", FORMS)
+def test_same_as_one_device(form, ranks, layout):
+    *qkv, do = operands()
+    compiled = on_ranks(form, ranks, layout, do)
+    for name, segment_ids in SEGMENTS.items():
+        assert_same(compiled(*qkv, segment_ids), on_one_device(name), 1e-11)
+    # The same documents without ids.
+    assert_same(compiled(*qkv), on_one_device("one document over all ranks"), 1e-11)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", (1e-5, 1e-4)), ("bfloat16", (3e-2, 3e-2))])
+def test_training_precisions(dtype, tolerance):
+    *qkv, do = operands(np.float32)
+    narrow = [jnp.asarray(x, dtype) for x in qkv]
+    got = on_ranks("lasp_plus", 4, "zigzag", do, np.float32)(*narrow, SEGMENTS["padding behind"])
+    assert {x.dtype for x in got.values()} == {jnp.dtype(dtype)}
+    with jax.enable_x64(True):
+        function = lambda q, k, v, s: lightning_attention(q, k, v, jnp.asarray(SLOPES), segment_ids_BS=s)[0]  # noqa: E731
+        wide = [np.asarray(x, np.float64) for x in narrow]
+        want = jax.device_get(with_gradients(function, do)(*wide, SEGMENTS["padding behind"]))
+    got = {name: np.asarray(x, np.float64) for name, x in got.items()}
+    assert_same({"o": got["o"]}, {"o": want.pop("o")}, tolerance[0])
+    assert_same(got, want, tolerance[1])
+
+
+def collectives_of(form, ranks, layout, length):
+    layout = SequenceLayout(layout)
+    mesh = rank_mesh(ranks)
+    slopes = jnp.asarray(SLOPES, jnp.float32)
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(TOKENS,) * 5, out_specs=(TOKENS,) * 3, check_vma=False)
+    def gradients(q, k, v, do, segment_ids):
+        function = lambda q, k, v: FORMS[form](q, k, v, slopes, segment_ids, axis=AXIS, layout=layout)  # noqa: E731
+        return jax.vjp(function, q, k, v)[1](do)
+
+    sharding = jax.NamedSharding(mesh, TOKENS)
+    of = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct((B, length, *shape), dtype, sharding=sharding)  # noqa: E731
+    arguments = of(H, K), of(H, K), of(H, V), of(H, V), of(dtype=jnp.int32)
+    return collectives(jax.jit(gradients).lower(*arguments).compile())
+
+
+@pytest.mark.parametrize(("layout", "slices"), [("contiguous", 4), ("zigzag", 8)])
+def test_one_gather_of_states_each_way_whatever_the_length(layout, slices):
+    ids, *states = sorted(collectives_of("lasp_plus", 4, layout, 96), key=lambda c: c.dtype, reverse=True)
+    # Three integers a slice, and every slice's state, fp32, once forward and once backward.
+    assert ids == ("all-gather", "s32", slices * B * 3 * 4)
+    assert states == [("all-gather", "f32", slices * B * H * K * V * 4)] * 2
+    assert sorted(collectives_of("lasp_plus", 4, layout, 960)) == sorted([ids, *states])
+
+
+@pytest.mark.parametrize(("layout", "hops"), [("contiguous", 3), ("zigzag", 6)])
+def test_serial_baseline_hands_one_state_at_a_time(layout, hops):
+    found = collectives_of("lasp", 4, layout, 96)
+    handed = [c for c in found if c.kind == "collective-permute"]
+    assert handed == [("collective-permute", "f32", B * H * K * V * 4)] * 2 * hops
+    assert len(found) - len(handed) == 1, "the documents' edges"
