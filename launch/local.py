@@ -10,7 +10,7 @@ fails, the others are stopped and the status is its. With one process, all GPUs 
 
 import sys
 
-from absl import app, flags
+from absl import flags
 
 from launch import program
 from mmx.config import ConfigError

@@ -111,7 +111,7 @@ def _words(returncode: int) -> str:
     return f"status {returncode}" if returncode > 0 else f"signal {signal.Signals(-returncode).name}"
 
 
-class _handing_on:  # noqa: N801
+class _handing_on:
     """While open, SIGTERM and SIGINT go to the processes instead of ending this one."""
 
     def __init__(self, processes: Sequence[subprocess.Popen]):

@@ -42,7 +42,7 @@ class BatchPlacement:
         if sum(stop - start for blocks in shares for start, stop in blocks) != batch_size:
             raise ConfigError(
                 "the mesh gives processes rows that overlap in part: let the batch axes (replica, fsdp, expert and "
-                "expert_tensor) divide evenly among the processes, or each process hold whole copies of the others' rows"
+                "expert_tensor) divide evenly among the processes, or let processes hold the same rows"
             )
         mine = tuple(sorted(by_process[jax.process_index()]))
         self.share = Share(shares.index(mine), len(shares))

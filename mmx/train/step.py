@@ -74,7 +74,19 @@ def train_step(
       batch: B is a multiple of ``micro_batches``.
       rate: learning rate, fp32 scalar.
     """
-    sums, grads = _token_sum_gradient(config, micro_batches, state.params, batch)
+    sums, grads = token_sum_gradient(config, micro_batches, state.params, batch)
+    return apply_gradient(optimizer, clip_norm, state, sums, grads, rate)
+
+
+def apply_gradient(
+    optimizer: optax.GradientTransformation,
+    clip_norm: float,
+    state: TrainState,
+    sums: LossSums,
+    grads: Params,
+    rate: jax.Array,
+) -> tuple[TrainState, StepMetrics]:
+    """The second half of ``train_step``, from the sums over a batch and the gradient of the objective's sum."""
     tokens = jnp.maximum(sums.tokens, 1)
     grad_norm = optax.tree.norm(grads) / tokens
     finite = jnp.isfinite(grad_norm) & jnp.isfinite(sums.nll)
@@ -92,10 +104,14 @@ def train_step(
     return TrainState(params, optimizer_state, skipped), StepMetrics(sums.nll / tokens, grad_norm, stats, skipped)
 
 
-def _token_sum_gradient(
+def token_sum_gradient(
     config: ModelConfig, micro_batches: int, params: Params, batch: Batch
 ) -> tuple[LossSums, Params]:
-    """Sums over the whole batch, and the gradient of the objective's sum, one micro-batch in memory at a time."""
+    """Sums over the whole batch, and the gradient of the objective's sum, one micro-batch in memory at a time.
+
+    Args:
+      config, micro_batches: as for ``train_step``.
+    """
 
     def gradient(batch: Batch) -> tuple[LossSums, Params]:
         objective = lambda params: loss_sums(config, params, batch, dropless=False)  # noqa: E731
