@@ -18,9 +18,14 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.segments import document_positions, document_runs
-
-# Finite, so that a difference of two masked scores is not a NaN; exp of it minus any real maximum is 0.
-_MASKED = -1e30
+from pallas_kernels.softmax_attention.pairs import (
+    OnlineSoftmax,
+    join_blocks,
+    pair_gradients,
+    pair_scores,
+    split_blocks,
+    split_query_blocks,
+)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -47,8 +52,7 @@ class _Blocks(NamedTuple):
 
 
 def _cut(q_BSHK, k_BSGK, v_BSGV, segment_ids_BS, scale, block) -> _Blocks:
-    B, S, H, _ = q_BSHK.shape
-    G = k_BSGK.shape[2]
+    (B, S), G = q_BSHK.shape[:2], k_BSGK.shape[2]
     q_BSHK = (q_BSHK * scale).astype(q_BSHK.dtype)
     N = -(-S // block)
     if segment_ids_BS is None:
@@ -61,89 +65,57 @@ def _cut(q_BSHK, k_BSGK, v_BSGV, segment_ids_BS, scale, block) -> _Blocks:
         start_BN = np.arange(N, dtype=np.int32) * block - document_positions(segment_ids_BS)[:, ::block]
         first_N = jnp.min(start_BN, axis=0) // block
     return _Blocks(
-        _split(q_BSHK, block).reshape(N, B, G, H // G, block, -1),
-        _split(k_BSGK, block),
-        _split(v_BSGV, block),
+        split_query_blocks(q_BSHK, block, G),
+        split_blocks(k_BSGK, block),
+        split_blocks(v_BSGV, block),
         runs_NBC,
         first_N,
     )
 
 
-def _split(x_BSHD: jax.Array, block: int) -> jax.Array:
-    """[B, S, H, D] to [N, B, H, C, D], padded with zeros (no real query comes after the padding)."""
-    B, S, H, D = x_BSHD.shape
-    N = -(-S // block)
-    x_BSHD = jnp.pad(x_BSHD, ((0, 0), (0, N * block - S), (0, 0), (0, 0)))
-    return x_BSHD.reshape(B, N, block, H, D).transpose(1, 0, 3, 2, 4)
-
-
-def _join(x_NBHCD: jax.Array, length: int) -> jax.Array:
-    """The inverse of ``_split``; leading dimensions between B and C are merged into heads."""
-    N, B, *heads, C, D = x_NBHCD.shape
-    H = int(np.prod(heads))
-    return x_NBHCD.reshape(N, B, H, C, D).transpose(1, 0, 3, 2, 4).reshape(B, N * C, H, D)[:, :length]
-
-
 def _scores(blocks: _Blocks, i, j, diagonal: bool) -> jax.Array:
     """Scores of query block i against key block j, fp32 [B, G, R, C, C], masked."""
-    scores = _dot("bgrik,bgjk->bgrij", blocks.q_NBGRCK[i], blocks.k_NBGCK[j])
-    C = scores.shape[-1]
+    C = blocks.k_NBGCK.shape[-2]
     allowed = np.tril(np.ones((1, C, C), bool)) if diagonal else None
     if blocks.runs_NBC is not None:
         same = blocks.runs_NBC[i][:, :, None] == blocks.runs_NBC[j][:, None, :]
         allowed = same if allowed is None else same & allowed
-    return scores if allowed is None else jnp.where(allowed[:, None, None], scores, _MASKED)
+    return pair_scores(blocks.q_NBGRCK[i], blocks.k_NBGCK[j], allowed)
 
 
 def _forward(q_BSHK, k_BSGK, v_BSGV, segment_ids_BS, scale, block):
     blocks = _cut(q_BSHK, k_BSGK, v_BSGV, segment_ids_BS, scale, block)
 
     def one_query_block(i):
-        # The diagonal comes first: every query sees itself there, so the running maximum is real from the start.
-        scores = _scores(blocks, i, i, diagonal=True)
-        top = jnp.max(scores, axis=-1)
-        weights = jnp.exp(scores - top[..., None])
-        total = jnp.sum(weights, axis=-1)
-        o = _dot("bgrij,bgjv->bgriv", weights.astype(v_BSGV.dtype), blocks.v_NBGCV[i])
-
-        def fold(j, carry):
-            o, top, total = carry
-            scores = _scores(blocks, i, j, diagonal=False)
-            new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
-            shrink = jnp.exp(top - new_top)
-            weights = jnp.exp(scores - new_top[..., None])
-            part = _dot("bgrij,bgjv->bgriv", weights.astype(v_BSGV.dtype), blocks.v_NBGCV[j])
-            return o * shrink[..., None] + part, new_top, total * shrink + jnp.sum(weights, axis=-1)
-
-        o, top, total = lax.fori_loop(blocks.first_N[i], i, fold, (o, top, total))
-        return (o / total[..., None]).astype(v_BSGV.dtype), top + jnp.log(total)
+        fold = lambda j, seen: seen.fold(_scores(blocks, i, j, diagonal=False), blocks.v_NBGCV[j])  # noqa: E731
+        seen = OnlineSoftmax.start(blocks.q_NBGRCK[i], v_BSGV.shape[-1])
+        seen = seen.fold(_scores(blocks, i, i, diagonal=True), blocks.v_NBGCV[i])
+        o, lse = lax.fori_loop(blocks.first_N[i], i, fold, seen).finish()
+        return o.astype(v_BSGV.dtype), lse
 
     o_NBGRCV, lse_NBGRC = lax.map(one_query_block, jnp.arange(blocks.q_NBGRCK.shape[0], dtype=jnp.int32))
-    o_BSHV = _join(o_NBGRCV, q_BSHK.shape[1])
+    o_BSHV = join_blocks(o_NBGRCV, q_BSHK.shape[1])
     return o_BSHV, (q_BSHK, k_BSGK, v_BSGV, segment_ids_BS, o_BSHV, lse_NBGRC)
 
 
 def _backward(scale, block, residuals, do_BSHV):
     q_BSHK, k_BSGK, v_BSGV, segment_ids_BS, o_BSHV, lse_NBGRC = residuals
     blocks = _cut(q_BSHK, k_BSGK, v_BSGV, segment_ids_BS, scale, block)
-    N, B, G, R, C, _ = blocks.q_NBGRCK.shape
-    do_NBGRCV = _split(do_BSHV, block).reshape(N, B, G, R, C, -1)
+    N, G = blocks.q_NBGRCK.shape[0], k_BSGK.shape[2]
+    do_NBGRCV = split_query_blocks(do_BSHV, block, G)
     delta_BSH1 = jnp.sum(do_BSHV.astype(lse_NBGRC.dtype) * o_BSHV, axis=-1, keepdims=True)
-    delta_NBGRC = _split(delta_BSH1, block).reshape(N, B, G, R, C)
+    delta_NBGRC = split_query_blocks(delta_BSH1, block, G)[..., 0]
 
     def one_key_block(dq_NBGRCK, j):
         k_BGCK, v_BGCV = blocks.k_NBGCK[j], blocks.v_NBGCV[j]
 
         def fold(i, carry, diagonal=False):
             dq_NBGRCK, dk, dv = carry
-            do = do_NBGRCV[i]
-            weights = jnp.exp(_scores(blocks, i, j, diagonal) - lse_NBGRC[i][..., None])
-            dweights = _dot("bgriv,bgjv->bgrij", do, v_BGCV)
-            dscores = (weights * (dweights - delta_NBGRC[i][..., None])).astype(q_BSHK.dtype)
-            dv += _dot("bgrij,bgriv->bgjv", weights.astype(do.dtype), do)
-            dk += _dot("bgrij,bgrik->bgjk", dscores, blocks.q_NBGRCK[i])
-            dq = _dot("bgrij,bgjk->bgrik", dscores, k_BGCK)
-            return dq_NBGRCK.at[i].add(dq), dk, dv
+            more = pair_gradients(
+                _scores(blocks, i, j, diagonal),
+                *(blocks.q_NBGRCK[i], k_BGCK, v_BGCV, do_NBGRCV[i], lse_NBGRC[i], delta_NBGRC[i]),
+            )
+            return dq_NBGRCK.at[i].add(more.dq_BGRCK), dk + more.dk_BGCK, dv + more.dv_BGCV
 
         zeros = [jnp.zeros(x.shape, lse_NBGRC.dtype) for x in (k_BGCK, v_BGCV)]
         carry = fold(j, (dq_NBGRCK, *zeros), diagonal=True)
@@ -155,13 +127,8 @@ def _backward(scale, block, residuals, do_BSHV):
     dq_NBGRCK = jnp.zeros(blocks.q_NBGRCK.shape, lse_NBGRC.dtype)
     dq_NBGRCK, (dk_NBGCK, dv_NBGCV) = lax.scan(one_key_block, dq_NBGRCK, jnp.arange(N, dtype=jnp.int32))
     S = q_BSHK.shape[1]
-    dq_BSHK = (_join(dq_NBGRCK, S) * scale).astype(q_BSHK.dtype)
-    return dq_BSHK, _join(dk_NBGCK, S), _join(dv_NBGCV, S), None
+    dq_BSHK = (join_blocks(dq_NBGRCK, S) * scale).astype(q_BSHK.dtype)
+    return dq_BSHK, join_blocks(dk_NBGCK, S), join_blocks(dv_NBGCV, S), None
 
 
 softmax_attention_blocked.defvjp(_forward, _backward)
-
-
-def _dot(spec: str, left: jax.Array, right: jax.Array) -> jax.Array:
-    """Matrix product accumulated in fp32, or wider for wider operands."""
-    return jnp.einsum(spec, left, right, preferred_element_type=jnp.promote_types(jnp.float32, left.dtype))

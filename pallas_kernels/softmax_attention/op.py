@@ -6,14 +6,11 @@ Shapes: B batch, S tokens, H query heads, G key-value heads, K key channels, V v
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.platform import target_platform
 from pallas_kernels.softmax_attention.blocked import softmax_attention_blocked
+from pallas_kernels.softmax_attention.pairs import default_block
 from pallas_kernels.softmax_attention.reference import softmax_attention_reference
 
 IMPLEMENTATIONS = ("auto", "reference", "blocked", "cudnn")
-
-# Tokens in a block, by target platform.
-_BLOCK = {"cpu": 256, "gpu": 1024, "tpu": 512}
 
 
 def softmax_attention(
@@ -55,8 +52,7 @@ def softmax_attention(
     if implementation == "reference":
         return softmax_attention_reference(q_BSHK, k_BSGK, v_BSGV, segment_ids_BS, scale)
     if implementation in ("auto", "blocked"):
-        block = min(_BLOCK[target_platform()], S)
-        return softmax_attention_blocked(q_BSHK, k_BSGK, v_BSGV, segment_ids_BS, scale, block)
+        return softmax_attention_blocked(q_BSHK, k_BSGK, v_BSGV, segment_ids_BS, scale, default_block(S))
     if implementation == "cudnn":
         if segment_ids_BS is not None or q_BSHK.dtype not in (jnp.bfloat16, jnp.float16):
             raise NotImplementedError("implementation='cudnn' takes bfloat16 or float16 and no segment_ids")
