@@ -14,6 +14,7 @@ ALLOWED = {
     "mmx.model": {"mmx.config", "mmx.parallel", "pallas_kernels"},
     "mmx.data": {"mmx.config"},
     "mmx.train": {"mmx.config", "mmx.parallel", "mmx.model", "mmx.data", "pallas_kernels"},
+    "mmx.plan": {"mmx.config", "mmx.parallel", "mmx.model", "mmx.train", "pallas_kernels"},
     "mmx.generate": {"mmx.config", "mmx.parallel", "mmx.model", "pallas_kernels"},
     "mmx.bench": {
         *("configs", "mmx.config", "mmx.parallel", "mmx.model", "mmx.train", "mmx.generate", "pallas_kernels"),

@@ -13,7 +13,7 @@ SOFTMAX = "softmax"
 HYBRID_PERIOD = (LIGHTNING,) * 7 + (SOFTMAX,)
 
 DTYPES = ("float32", "bfloat16")
-REMAT_POLICIES = ("none", "selective", "full")
+REMAT_POLICIES = ("none", "selective", "offload", "full")
 AUX_LOSS_FORMS = ("paper", "released")
 SEQUENCE_LAYOUTS = ("zigzag", "contiguous")
 EXPERT_EXCHANGES = ("auto", "padded", "ragged", "gather")
@@ -85,8 +85,8 @@ class ModelConfig:
     param_dtype: str = "float32"
     # Logits accumulated and returned in fp32; False rounds them to dtype first.
     logits_fp32: bool = True
-    # What the backward pass recomputes: "none", "selective" (all but attention's results and the routing) or
-    # "full" (everything but each layer's input).
+    # What the backward pass recomputes: "none"; "selective", all but attention's results and the routing; "offload",
+    # the same, with attention's results waiting in the host's memory; "full", everything but each layer's input.
     remat: str = "none"
 
     # How the work is spread over a mesh; without token drop the numbers do not depend on it.

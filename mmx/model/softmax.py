@@ -56,15 +56,16 @@ class SoftmaxAttention(nnx.Module):
         """
         q_BSHK, k_BSGK, v_BSGK = self._project(constrain(x_BSD, "batch", "attention_sequence", None), rope)
         attend = island(self._attend, (*[HEADS_OF_TOKENS] * 3, HEADS_OF_TOKENS[:2]), HEADS_OF_TOKENS)
-        o_BSHK = checkpoint_name(attend(q_BSHK, k_BSGK, v_BSGK, segment_ids_BS), "attention")
+        o_BSHK = attend(q_BSHK, k_BSGK, v_BSGK, segment_ids_BS)
         return self._finish(o_BSHK), KeyValues(k_BSGK, v_BSGK)
 
     def _attend(
         self, q_BSHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, segment_ids_BS: jax.Array | None
     ) -> jax.Array:
         if axis_size("context") > 1:
+            # It names its result itself, together with what its backward pass needs.
             return ring_attention(q_BSHK, k_BSGK, v_BSGK, segment_ids_BS, axis="context", layout=self.layout)
-        return softmax_attention(q_BSHK, k_BSGK, v_BSGK, segment_ids_BS=segment_ids_BS)
+        return checkpoint_name(softmax_attention(q_BSHK, k_BSGK, v_BSGK, segment_ids_BS=segment_ids_BS), "attention")
 
     def step(
         self, x_BD: jax.Array, rope: RopeTable, cache: KeyValues, slot: jax.Array, valid_BT: jax.Array

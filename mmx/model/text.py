@@ -30,12 +30,16 @@ from mmx.model.parameters import weight, xavier
 from mmx.model.rope import rope_table
 from mmx.parallel import axis_size, constrain, gather_in_island, island, parameter_spec, stored_axes
 from mmx.parallel.axes import GATHERED_WEIGHT
+from mmx.parallel.lasp import ENTERING_STATES
+from mmx.parallel.ring import RING_RESIDUALS
 from pallas_kernels.lightning_attention import layer_slopes
 from pallas_kernels.segments import document_positions
 
 Params = dict[str, Any]
 
 _TABLE = ("vocab", "hidden")
+# What attention leaves for its backward pass besides queries, keys and values: with it, nothing is sent twice.
+_ATTENTION_RESULTS = ["attention", ENTERING_STATES, RING_RESIDUALS]
 
 
 class LayerRun(NamedTuple):
@@ -231,7 +235,13 @@ def _remat(layer: Callable, policy: str) -> Callable:
         return layer  # Nothing was gathered, so there is nothing to leave out.
     policies = {
         "none": jax.checkpoint_policies.save_anything_except_these_names(GATHERED_WEIGHT),
-        "selective": jax.checkpoint_policies.save_only_these_names("attention", "routing"),
+        "selective": jax.checkpoint_policies.save_only_these_names("routing", *_ATTENTION_RESULTS),
+        "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=["routing"],
+            names_which_can_be_offloaded=_ATTENTION_RESULTS,
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
         "full": jax.checkpoint_policies.nothing_saveable,
     }
     # Inside a scan nothing outside the layer could be merged with its recomputation.

@@ -4,6 +4,7 @@ Arrays name their dimensions by logical axes. One table turns them into mesh axe
 here does nothing, and the model is ordinary single-device JAX.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -111,8 +112,20 @@ def gather_in_island(shard: jax.Array, axes: LogicalAxes, dtype: jnp.dtype) -> j
     for dimension, (axis, stored) in enumerate(zip(axes, stored_axes(axes), strict=True)):
         over = tuple(name for name in MESH_AXES_OF.get(stored, ()) if axis_size(name) > 1)
         if axis != stored and over:
-            weight = lax.all_gather(weight, over, axis=dimension, tiled=True)
+            weight = _gather(weight, dimension, over)
     return checkpoint_name(weight, GATHERED_WEIGHT)
+
+
+def _gather(shard: jax.Array, dimension: int, over: tuple[str, ...]) -> jax.Array:
+    """An all-gather along one dimension, with the others merged around it.
+
+    XLA for TPU makes an all-reduce and a slice, twice the bytes, of the transposed reduce-scatter if there are more
+    dimensions than that, or a leading one of size 1.
+    """
+    before, after = shard.shape[:dimension], shard.shape[dimension + 1 :]
+    lead = (math.prod(before),) if math.prod(before) > 1 else ()
+    merged = shard.reshape(*lead, shard.shape[dimension], math.prod(after))
+    return lax.all_gather(merged, over, axis=len(lead), tiled=True).reshape(*before, -1, *after)
 
 
 def island(function: Callable, in_axes: Sequence[LogicalAxes | None], out_axes: Any) -> Callable:

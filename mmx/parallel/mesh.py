@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import jax
-import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
@@ -24,9 +23,11 @@ def build_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> M
     devices = jax.devices() if devices is None else devices
     sizes = tuple(config.sizes(len(devices)).values())
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices == 1:
-        return jax.make_mesh(sizes, MESH_AXES, axis_types=_EXPLICIT, devices=devices)
     replica, *inner = sizes
+    if slices == 1:
+        # A mesh axis may take a part of an axis of the torus: sizes need not follow the machine's shape.
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return Mesh(grid, MESH_AXES, axis_types=_EXPLICIT)
     if replica % slices:
         raise ConfigError(
             f"mesh.replica={replica} does not span the {slices} slices of this run: use a multiple of {slices}, so "
@@ -35,7 +36,7 @@ def build_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> M
     grid = mesh_utils.create_hybrid_device_mesh(
         (replica // slices, *inner), (slices, *[1] * len(inner)), devices, allow_split_physical_axes=True
     )
-    return Mesh(np.asarray(grid), MESH_AXES, axis_types=_EXPLICIT)
+    return Mesh(grid, MESH_AXES, axis_types=_EXPLICIT)
 
 
 def abstract_mesh(config: MeshConfig, num_devices: int) -> AbstractMesh:

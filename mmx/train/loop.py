@@ -22,6 +22,7 @@ from mmx.data.loader import PreparedData
 from mmx.data.packing import Row
 from mmx.data.prepare import TOKENIZER
 from mmx.parallel import build_mesh
+from mmx.parallel.compiler import compiler_options
 from mmx.parallel.sequence_layout import SequenceLayout
 from mmx.train.checkpoint import Checkpoints, Progress
 from mmx.train.console import Console
@@ -173,7 +174,8 @@ class _Session:
         )
         example = self._placement.empty()
         # The state's buffers are reused for the new state.
-        return jax.jit(step, donate_argnums=0).lower(state, example, jnp.float32(0)).compile()
+        lowered = jax.jit(step, donate_argnums=0).lower(state, example, jnp.float32(0))
+        return lowered.compile(compiler_options=compiler_options())
 
     @functools.cached_property
     def _heldout_sums(self) -> Any:
