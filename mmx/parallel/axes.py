@@ -124,7 +124,7 @@ def _gather(shard: jax.Array, dimension: int, over: tuple[str, ...]) -> jax.Arra
     """
     before, after = shard.shape[:dimension], shard.shape[dimension + 1 :]
     lead = (math.prod(before),) if math.prod(before) > 1 else ()
-    merged = shard.reshape(*lead, shard.shape[dimension], math.prod(after))
+    merged = shard.reshape(*lead, shard.shape[dimension], *((math.prod(after),) if after else ()))
     return lax.all_gather(merged, over, axis=len(lead), tiled=True).reshape(*before, -1, *after)
 
 

@@ -53,14 +53,11 @@ class _Instruction:
     rest: str
 
     def called(self, *attributes: str) -> list[str]:
+        """Computations that the attributes name, alone or in braces."""
         found = []
         for attribute in attributes:
-            found += re.findall(rf"{attribute}=%?([\w.\-]+)", self.rest)
-            found += [
-                n
-                for group in re.findall(rf"{attribute}={{([^}}]*)}}", self.rest)
-                for n in re.findall(r"[\w.\-]+", group)
-            ]
+            for group, name in re.findall(rf"{attribute}=(?:{{([^}}]*)}}|%?([\w.\-]+))", self.rest):
+                found += re.findall(r"[\w.\-]+", group or name)
         return found
 
 
