@@ -199,10 +199,10 @@ def _add_entering_forward(o_XLHV, q_XLHK, entering_XHKV, slopes_H, reach_X):
     states_XHKV = entering_XHKV.astype(q_XLHK.dtype)
 
     def add(j, o_XLHV):
-        decay_XCH1 = blocks.decay(j)
-        q_XCHK = (blocks.take(q_XLHK, j) * decay_XCH1).astype(q_XLHK.dtype)
-        more_XCHV = _dot("xchk,xhkv->xchv", q_XCHK, states_XHKV, entering_XHKV.dtype)
-        return blocks.put(o_XLHV, blocks.take(o_XLHV, j) + more_XCHV, j)
+        decay_XHC1 = blocks.decay(j)
+        q_XHCK = (blocks.take(q_XLHK, j) * decay_XHC1).astype(q_XLHK.dtype)
+        more_XHCV = _dot("xhck,xhkv->xhcv", q_XHCK, states_XHKV, entering_XHKV.dtype)
+        return blocks.put(o_XLHV, blocks.take(o_XLHV, j) + more_XHCV, j)
 
     o_XLHV = lax.fori_loop(0, blocks.count, add, o_XLHV)
     return o_XLHV, (q_XLHK, entering_XHKV, slopes_H, reach_X)
@@ -215,11 +215,11 @@ def _add_entering_backward(residuals, do_XLHV):
 
     def add(j, carry):
         dq_XLHK, dentering_XHKV = carry
-        decay_XCH1, do_XCHV = blocks.decay(j), blocks.take(do_XLHV, j)
-        q_XCHK = (blocks.take(q_XLHK, j) * decay_XCH1).astype(q_XLHK.dtype)
-        dentering_XHKV += _dot("xchk,xchv->xhkv", q_XCHK, do_XCHV, entering_XHKV.dtype)
-        dq_XCHK = decay_XCH1 * _dot("xchv,xhkv->xchk", do_XCHV, states_XHKV, entering_XHKV.dtype)
-        return blocks.put(dq_XLHK, blocks.take(dq_XLHK, j) + dq_XCHK, j), dentering_XHKV
+        decay_XHC1, do_XHCV = blocks.decay(j), blocks.take(do_XLHV, j)
+        q_XHCK = (blocks.take(q_XLHK, j) * decay_XHC1).astype(q_XLHK.dtype)
+        dentering_XHKV += _dot("xhck,xhcv->xhkv", q_XHCK, do_XHCV, entering_XHKV.dtype)
+        dq_XHCK = decay_XHC1 * _dot("xhcv,xhkv->xhck", do_XHCV, states_XHKV, entering_XHKV.dtype)
+        return blocks.put(dq_XLHK, blocks.take(dq_XLHK, j) + dq_XHCK, j), dentering_XHKV
 
     start = jnp.zeros_like(q_XLHK), jnp.zeros_like(entering_XHKV)
     dq_XLHK, dentering_XHKV = lax.fori_loop(0, blocks.count, add, start)
@@ -242,17 +242,20 @@ class _Blocks:
         return jnp.minimum(j * self._block, self._length - self._block)
 
     def decay(self, j: jax.Array) -> jax.Array:
-        """exp(-slope (t + 1)) of block j's tokens t, 0 beyond the reach; [X, C, H, 1]."""
+        """exp(-slope (t + 1)) of block j's tokens t, 0 beyond the reach; [X, H, C, 1]."""
         t_C = self._start(j) + np.arange(self._block)
-        decay_CH = jnp.exp(-(t_C[:, None] + 1) * self._slopes_H)
+        decay_HC = jnp.exp(-self._slopes_H[:, None] * (t_C + 1))
         new_XC = (t_C >= j * self._block) & (t_C < self._reach_X[:, None])
-        return jnp.where(new_XC[..., None], decay_CH, 0)[..., None]
+        return jnp.where(new_XC[:, None], decay_HC, 0)[..., None]
 
     def take(self, x_XLHD: jax.Array, j: jax.Array) -> jax.Array:
-        return lax.dynamic_slice_in_dim(x_XLHD, self._start(j), self._block, axis=1)
+        """Block j, [X, H, C, D]."""
+        return lax.dynamic_slice_in_dim(x_XLHD, self._start(j), self._block, axis=1).swapaxes(1, 2)
 
-    def put(self, x_XLHD: jax.Array, block_XCHD: jax.Array, j: jax.Array) -> jax.Array:
-        return lax.dynamic_update_slice_in_dim(x_XLHD, block_XCHD.astype(x_XLHD.dtype), self._start(j), axis=1)
+    def put(self, x_XLHD: jax.Array, block_XHCD: jax.Array, j: jax.Array) -> jax.Array:
+        """x with block j replaced."""
+        block_XCHD = block_XHCD.swapaxes(1, 2).astype(x_XLHD.dtype)
+        return lax.dynamic_update_slice_in_dim(x_XLHD, block_XCHD, self._start(j), axis=1)
 
 
 def _dot(spec: str, left: jax.Array, right: jax.Array, dtype: jnp.dtype) -> jax.Array:
