@@ -44,6 +44,7 @@ def lasp_plus(
     *,
     axis: str,
     layout: SequenceLayout,
+    slice_ids_BN: jax.Array | None = None,
     implementation: str = "auto",
 ) -> jax.Array:
     """Lightning attention of rows split over ``axis``; call it inside a ``shard_map`` where that axis is manual.
@@ -55,14 +56,14 @@ def lasp_plus(
         slice if the ids on both sides of the cut are equal.
       axis: name of the mesh axis.
       layout: which slices each rank holds.
+      slice_ids_BN: this rank's slices of each row, in a layout that depends on the documents; else None.
       implementation: of ``lightning_attention``.
 
     Returns:
       o [B, S, H, V] of the local tokens, in v's dtype; the same as one device computes for the whole row.
     """
-    return _split_attention(
-        *(q_BSHK, k_BSHK, v_BSHV, slopes_H, segment_ids_BS), axis, layout, implementation, _gathered_states
-    )
+    operands = q_BSHK, k_BSHK, v_BSHV, slopes_H, segment_ids_BS, slice_ids_BN
+    return _split_attention(operands, axis, layout, implementation, _gathered_states)
 
 
 def lasp(
@@ -79,28 +80,27 @@ def lasp(
     """``lasp_plus`` with LASP's communication, as the baseline of the report: the state goes from rank to rank.
 
     P - 1 sends forward and as many backward, each of which waits for the one before; 2 (P - 1) in the zigzag layout.
+
+    Raises:
+      ValueError: in a layout that depends on the documents, where the order of the ranks is not known beforehand.
     """
-    return _split_attention(
-        *(q_BSHK, k_BSHK, v_BSHV, slopes_H, segment_ids_BS), axis, layout, implementation, _handed_states
-    )
+    operands = q_BSHK, k_BSHK, v_BSHV, slopes_H, segment_ids_BS, None
+    return _split_attention(operands, axis, layout, implementation, _handed_states)
 
 
 def _split_attention(
-    q_BSHK: jax.Array,
-    k_BSHK: jax.Array,
-    v_BSHV: jax.Array,
-    slopes_H: jax.Array,
-    segment_ids_BS: jax.Array | None,
+    operands: tuple[jax.Array | None, ...],
     axis: str,
     layout: SequenceLayout,
     implementation: str,
     entering_states: Callable[..., jax.Array],
 ) -> jax.Array:
+    q_BSHK, k_BSHK, v_BSHV, slopes_H, segment_ids_BS, slice_ids_BN = operands
     run = functools.partial(lightning_attention, implementation=implementation)
     if lax.axis_size(axis) == 1:
         return run(q_BSHK, k_BSHK, v_BSHV, slopes_H, segment_ids_BS=segment_ids_BS)[0]
     B, S = q_BSHK.shape[:2]
-    slices = survey(segment_ids_BS, S, axis, layout)
+    slices = survey(segment_ids_BS, slice_ids_BN, S, axis, layout)
     slopes_H = lax.stop_gradient(slopes_H)
 
     side_by_side = lambda x: None if x is None else x.reshape(-1, slices.length, *x.shape[2:])  # noqa: E731
