@@ -10,6 +10,7 @@ Shapes: B batch, P ranks, N slices a rank, T = P N slices, L tokens of a slice, 
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 
@@ -18,6 +19,8 @@ from mmx.config import ConfigError
 # Slices that each rank holds where there are several ranks.
 _SLICES = {"contiguous": 1, "zigzag": 2, "balanced": 8}
 NAMES = tuple(_SLICES)
+# Tokens of the blocks in which work is reckoned; what attention uses depends on the platform.
+_WORK_BLOCK = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +58,7 @@ class SequenceLayout:
         if self.depends_on_documents:
             if segment_ids_BS is None:
                 raise ValueError("the balanced layout needs the rows' segment ids")
-            length = self.slice_length(segment_ids_BS.shape[1], ranks)
-            work_BT = _work(segment_ids_BS).reshape(len(segment_ids_BS), -1, length).sum(axis=-1)
+            work_BT = _work(segment_ids_BS, self.slice_length(segment_ids_BS.shape[1], ranks))
             return np.stack([_deal(work_T, ranks) for work_T in work_BT])
         if self.slices_per_rank(ranks) == 1:
             return rank_P[:, None]
@@ -91,11 +93,18 @@ class SequenceLayout:
         return np.argsort(self.permutation(length, ranks, segment_ids_BS), axis=-1).astype(np.int32)
 
 
-def _work(segment_ids_BS: np.ndarray) -> np.ndarray:
-    """Keys that each token sees, int64 [B, S]."""
-    index = np.arange(segment_ids_BS.shape[1])
+def _work(segment_ids_BS: np.ndarray, length: int) -> np.ndarray:
+    """Blocks of keys that the blocks of queries of each slice look at, int64 [B, T].
+
+    Whole blocks, as attention computes them: token by token, a slice of short documents would seem cheaper than it is.
+    """
+    B, S = segment_ids_BS.shape
+    index = np.arange(S)
     begins = np.diff(segment_ids_BS, axis=1, prepend=segment_ids_BS[:, :1]) != 0
-    return index - np.maximum.accumulate(np.where(begins, index, 0), axis=1) + 1
+    document_BS = np.maximum.accumulate(np.where(begins, index, 0), axis=1)
+    block = math.gcd(_WORK_BLOCK, length)
+    work = index[::block] // block - document_BS[:, ::block] // block + 1
+    return work.reshape(B, S // length, -1).sum(axis=-1)
 
 
 def _deal(work_T: np.ndarray, ranks: int) -> np.ndarray:
