@@ -2,6 +2,7 @@
 
   python -m launch.bench --cpu
   python -m launch.bench --gpu --output=gpu.json
+  python -m launch.bench --parallel
 
 On a CPU: tokens a second of a training step, a prefill and a decode step against Transformers' MiniMaxForCausalLM in
 PyTorch (where both are installed) on the same small hybrid, and how the time per token grows with the length.
@@ -9,6 +10,8 @@ PyTorch (where both are installed) on the same small hybrid, and how the time pe
 On one GPU: the model's numbers against the CPU's, the quickstart on both, lightning attention beside FLA and
 jax-linear-attention (where they are installed), forms of the experts' product, and training steps of
 configs/text_1b.py with a profile.
+
+On eight virtual CPU devices: LASP+ against LASP, and ring attention's balance in each layout of the sequence.
 """
 
 import json
@@ -20,10 +23,12 @@ from absl import flags
 
 from launch import program
 from mmx.bench.gpu.sections import SECTIONS, report
+from mmx.bench.parallel.report import report as compare_parallel
 from mmx.config import ConfigError, nearest
 
 _CPU = flags.DEFINE_bool("cpu", False, "Measure on the CPU against Transformers; about twenty minutes.")
 _GPU = flags.DEFINE_bool("gpu", False, "Check and measure on the first GPU; about thirteen minutes.")
+_PARALLEL = flags.DEFINE_bool("parallel", False, "Compare ways to split a sequence, on virtual devices; two minutes.")
 _SECTIONS = flags.DEFINE_list("sections", list(SECTIONS), "Sections of the GPU report, in this order.")
 _SECTION_SECONDS = flags.DEFINE_float("section_seconds", 300, "Most that one section of the GPU report may take.")
 _LENGTHS = flags.DEFINE_list("lengths", ["1024", "4096", "16384"], "Tokens of a training step and of a prefill.")
@@ -41,12 +46,14 @@ _GPU_MEMORY = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_PYTHON_CLIENT_MEM_
 
 def run() -> None:
     """Runs the chosen part."""
-    if _CPU.value == _GPU.value:
-        raise ConfigError("choose what to measure: --cpu or --gpu")
+    if _CPU.value + _GPU.value + _PARALLEL.value != 1:
+        raise ConfigError("choose what to measure: --cpu, --gpu or --parallel")
     if _CPU.value:
         _on_cpu()
-    else:
+    elif _GPU.value:
         _on_gpu()
+    else:
+        compare_parallel(_say, Path(_OUTPUT.value) if _OUTPUT.value else None)
     if _OUTPUT.value:
         print(f"wrote {_OUTPUT.value}", file=sys.stderr)
 

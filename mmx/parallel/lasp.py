@@ -44,6 +44,7 @@ def lasp_plus(
     *,
     axis: str,
     layout: SequenceLayout,
+    slice_ids_BN: jax.Array | None = None,
     implementation: str = "auto",
 ) -> jax.Array:
     """Lightning attention of rows split over ``axis``; call it inside a ``shard_map`` where that axis is manual.
@@ -55,14 +56,14 @@ def lasp_plus(
         slice if the ids on both sides of the cut are equal.
       axis: name of the mesh axis.
       layout: which slices each rank holds.
+      slice_ids_BN: this rank's slices of each row, in a layout that depends on the documents; else None.
       implementation: of ``lightning_attention``.
 
     Returns:
       o [B, S, H, V] of the local tokens, in v's dtype; the same as one device computes for the whole row.
     """
-    return _split_attention(
-        *(q_BSHK, k_BSHK, v_BSHV, slopes_H, segment_ids_BS), axis, layout, implementation, _gathered_states
-    )
+    operands = q_BSHK, k_BSHK, v_BSHV, slopes_H, segment_ids_BS, slice_ids_BN
+    return _split_attention(operands, axis, layout, implementation, _gathered_states)
 
 
 def lasp(
@@ -79,28 +80,27 @@ def lasp(
     """``lasp_plus`` with LASP's communication, as the baseline of the report: the state goes from rank to rank.
 
     P - 1 sends forward and as many backward, each of which waits for the one before; 2 (P - 1) in the zigzag layout.
+
+    Raises:
+      ValueError: in a layout that depends on the documents, where the order of the ranks is not known beforehand.
     """
-    return _split_attention(
-        *(q_BSHK, k_BSHK, v_BSHV, slopes_H, segment_ids_BS), axis, layout, implementation, _handed_states
-    )
+    operands = q_BSHK, k_BSHK, v_BSHV, slopes_H, segment_ids_BS, None
+    return _split_attention(operands, axis, layout, implementation, _handed_states)
 
 
 def _split_attention(
-    q_BSHK: jax.Array,
-    k_BSHK: jax.Array,
-    v_BSHV: jax.Array,
-    slopes_H: jax.Array,
-    segment_ids_BS: jax.Array | None,
+    operands: tuple[jax.Array | None, ...],
     axis: str,
     layout: SequenceLayout,
     implementation: str,
     entering_states: Callable[..., jax.Array],
 ) -> jax.Array:
+    q_BSHK, k_BSHK, v_BSHV, slopes_H, segment_ids_BS, slice_ids_BN = operands
     run = functools.partial(lightning_attention, implementation=implementation)
     if lax.axis_size(axis) == 1:
         return run(q_BSHK, k_BSHK, v_BSHV, slopes_H, segment_ids_BS=segment_ids_BS)[0]
     B, S = q_BSHK.shape[:2]
-    slices = survey(segment_ids_BS, S, axis, layout)
+    slices = survey(segment_ids_BS, slice_ids_BN, S, axis, layout)
     slopes_H = lax.stop_gradient(slopes_H)
 
     side_by_side = lambda x: None if x is None else x.reshape(-1, slices.length, *x.shape[2:])  # noqa: E731
@@ -199,10 +199,10 @@ def _add_entering_forward(o_XLHV, q_XLHK, entering_XHKV, slopes_H, reach_X):
     states_XHKV = entering_XHKV.astype(q_XLHK.dtype)
 
     def add(j, o_XLHV):
-        decay_XCH1 = blocks.decay(j)
-        q_XCHK = (blocks.take(q_XLHK, j) * decay_XCH1).astype(q_XLHK.dtype)
-        more_XCHV = _dot("xchk,xhkv->xchv", q_XCHK, states_XHKV, entering_XHKV.dtype)
-        return blocks.put(o_XLHV, blocks.take(o_XLHV, j) + more_XCHV, j)
+        decay_XHC1 = blocks.decay(j)
+        q_XHCK = (blocks.take(q_XLHK, j) * decay_XHC1).astype(q_XLHK.dtype)
+        more_XHCV = _dot("xhck,xhkv->xhcv", q_XHCK, states_XHKV, entering_XHKV.dtype)
+        return blocks.put(o_XLHV, blocks.take(o_XLHV, j) + more_XHCV, j)
 
     o_XLHV = lax.fori_loop(0, blocks.count, add, o_XLHV)
     return o_XLHV, (q_XLHK, entering_XHKV, slopes_H, reach_X)
@@ -215,11 +215,11 @@ def _add_entering_backward(residuals, do_XLHV):
 
     def add(j, carry):
         dq_XLHK, dentering_XHKV = carry
-        decay_XCH1, do_XCHV = blocks.decay(j), blocks.take(do_XLHV, j)
-        q_XCHK = (blocks.take(q_XLHK, j) * decay_XCH1).astype(q_XLHK.dtype)
-        dentering_XHKV += _dot("xchk,xchv->xhkv", q_XCHK, do_XCHV, entering_XHKV.dtype)
-        dq_XCHK = decay_XCH1 * _dot("xchv,xhkv->xchk", do_XCHV, states_XHKV, entering_XHKV.dtype)
-        return blocks.put(dq_XLHK, blocks.take(dq_XLHK, j) + dq_XCHK, j), dentering_XHKV
+        decay_XHC1, do_XHCV = blocks.decay(j), blocks.take(do_XLHV, j)
+        q_XHCK = (blocks.take(q_XLHK, j) * decay_XHC1).astype(q_XLHK.dtype)
+        dentering_XHKV += _dot("xhck,xhcv->xhkv", q_XHCK, do_XHCV, entering_XHKV.dtype)
+        dq_XHCK = decay_XHC1 * _dot("xhcv,xhkv->xhck", do_XHCV, states_XHKV, entering_XHKV.dtype)
+        return blocks.put(dq_XLHK, blocks.take(dq_XLHK, j) + dq_XHCK, j), dentering_XHKV
 
     start = jnp.zeros_like(q_XLHK), jnp.zeros_like(entering_XHKV)
     dq_XLHK, dentering_XHKV = lax.fori_loop(0, blocks.count, add, start)
@@ -242,17 +242,20 @@ class _Blocks:
         return jnp.minimum(j * self._block, self._length - self._block)
 
     def decay(self, j: jax.Array) -> jax.Array:
-        """exp(-slope (t + 1)) of block j's tokens t, 0 beyond the reach; [X, C, H, 1]."""
+        """exp(-slope (t + 1)) of block j's tokens t, 0 beyond the reach; [X, H, C, 1]."""
         t_C = self._start(j) + np.arange(self._block)
-        decay_CH = jnp.exp(-(t_C[:, None] + 1) * self._slopes_H)
+        decay_HC = jnp.exp(-self._slopes_H[:, None] * (t_C + 1))
         new_XC = (t_C >= j * self._block) & (t_C < self._reach_X[:, None])
-        return jnp.where(new_XC[..., None], decay_CH, 0)[..., None]
+        return jnp.where(new_XC[:, None], decay_HC, 0)[..., None]
 
     def take(self, x_XLHD: jax.Array, j: jax.Array) -> jax.Array:
-        return lax.dynamic_slice_in_dim(x_XLHD, self._start(j), self._block, axis=1)
+        """Block j, [X, H, C, D]."""
+        return lax.dynamic_slice_in_dim(x_XLHD, self._start(j), self._block, axis=1).swapaxes(1, 2)
 
-    def put(self, x_XLHD: jax.Array, block_XCHD: jax.Array, j: jax.Array) -> jax.Array:
-        return lax.dynamic_update_slice_in_dim(x_XLHD, block_XCHD.astype(x_XLHD.dtype), self._start(j), axis=1)
+    def put(self, x_XLHD: jax.Array, block_XHCD: jax.Array, j: jax.Array) -> jax.Array:
+        """x with block j replaced."""
+        block_XCHD = block_XHCD.swapaxes(1, 2).astype(x_XLHD.dtype)
+        return lax.dynamic_update_slice_in_dim(x_XLHD, block_XCHD, self._start(j), axis=1)
 
 
 def _dot(spec: str, left: jax.Array, right: jax.Array, dtype: jnp.dtype) -> jax.Array:

@@ -43,6 +43,7 @@ def ring_attention(
     *,
     axis: str,
     layout: SequenceLayout,
+    slice_ids_BN: jax.Array | None = None,
     block: int | None = None,
 ) -> jax.Array:
     """Softmax attention of rows split over ``axis``; call it inside a ``shard_map`` where that axis is manual.
@@ -54,6 +55,7 @@ def ring_attention(
         neighbours: documents are numbered over the whole row before their numbers travel.
       axis: name of the mesh axis.
       layout: which slices each rank holds.
+      slice_ids_BN: this rank's slices of each row, in a layout that depends on the documents; else None.
       block: tokens in a block; the target platform's if None.
 
     Returns:
@@ -61,7 +63,7 @@ def ring_attention(
     """
     if lax.axis_size(axis) == 1:
         return softmax_attention(q_BSHK, k_BSGK, v_BSGK, segment_ids_BS=segment_ids_BS)
-    slices = survey(segment_ids_BS, q_BSHK.shape[1], axis, layout)
+    slices = survey(segment_ids_BS, slice_ids_BN, q_BSHK.shape[1], axis, layout)
     block = default_block(slices.length) if block is None else block
     return _ring(q_BSHK, k_BSGK, v_BSGK, slices.runs_BS, slices.all_BT, _Ring(axis, slices.length, block))
 

@@ -155,6 +155,9 @@ class _Cut(NamedTuple):
 
     @classmethod
     def of(cls, q_BSHK, k_BTGK, v_BTGV, q_places: Places, k_places: Places, scale: float, block: int) -> "_Cut":
+        # Tied to q: rematerialisation would compute what depends on the documents alone, the masks of all blocks, once
+        # for both passes and keep it.
+        q_BSHK, q_places, k_places = lax.optimization_barrier((q_BSHK, q_places, k_places))
         q_BSHK = (q_BSHK * scale).astype(q_BSHK.dtype)
         first_N, end_N = visible_blocks(q_places, k_places, block)
         return cls(

@@ -19,6 +19,7 @@ from tests.mmx.parallel.rows import (
     SEGMENTS,
     TOKENS,
     assert_same,
+    order,
     rank_mesh,
     split,
     with_gradients,
@@ -33,9 +34,16 @@ def operands(dtype=np.float64):
 
 
 def on_ranks(ranks, layout, block, cotangent):
+    """Outputs and gradients of ring attention for rows with the given segment ids; compiled once."""
     layout = SequenceLayout(layout)
-    function = lambda q, k, v, s: ring_attention(q, k, v, s, axis=AXIS, layout=layout, block=block)  # noqa: E731
-    return with_gradients(split(function, ranks, layout), cotangent)
+
+    def function(q, k, v, segment_ids, slice_ids):
+        return ring_attention(q, k, v, segment_ids, axis=AXIS, layout=layout, slice_ids_BN=slice_ids, block=block)
+
+    compiled = with_gradients(split(function, ranks, layout), cotangent)
+    return lambda q, k, v, segment_ids, given=True: compiled(
+        *(q, k, v, segment_ids if given else None, order(ranks, layout, segment_ids))
+    )
 
 
 @functools.cache
@@ -49,7 +57,7 @@ def on_one_device(name):
 # Blocks that divide a slice, that do not, and that are as long as a rank's share.
 @pytest.mark.parametrize(
     ("ranks", "layout", "block"),
-    [(*case, block) for case, block in zip(RANKS_AND_LAYOUTS, (8, 8, 6, 24, 5, 4, 3), strict=True)],
+    [(*case, block) for case, block in zip(RANKS_AND_LAYOUTS, (16, 16, 12, 5, 48, 10, 6, 7, 4, 3), strict=True)],
 )
 def test_same_as_one_device(ranks, layout, block):
     *qkv, do = operands()
@@ -57,7 +65,8 @@ def test_same_as_one_device(ranks, layout, block):
     for name, segment_ids in SEGMENTS.items():
         assert_same(compiled(*qkv, segment_ids), on_one_device(name), 1e-11)
     # The same documents without ids.
-    assert_same(compiled(*qkv), on_one_device("one document over all ranks"), 1e-11)
+    whole = "one document over all ranks"
+    assert_same(compiled(*qkv, SEGMENTS[whole], given=False), on_one_device(whole), 1e-11)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", (1e-5, 1e-4)), ("bfloat16", (3e-2, 3e-2))])
@@ -79,7 +88,7 @@ def test_training_precisions(dtype, tolerance):
 def test_excluded_blocks_are_not_computed(layout):
     # A weight of 0 times a NaN is a NaN: masking alone would spread it.
     q, k, v, do = operands(np.float32)
-    segment_ids = np.tile(np.arange(LENGTH) // 24, (B, 1))
+    segment_ids = np.tile(np.arange(LENGTH) // 48, (B, 1))
     poisoned = segment_ids == 1
     v[poisoned] = np.nan
     got = on_ranks(4, layout, 12, do)(q, k, v, segment_ids)
@@ -117,7 +126,7 @@ def test_only_key_value_heads_travel(layout, ranks):
     assert sent("int32") == 2 * (ranks - 1) * tokens * 4
     assert sent("float32") == ranks * tokens * 2 * G * K * 4
     (edges,) = [c for c in found if c.kind != "ppermute"]
-    assert (edges.kind, edges.result_bytes) == ("all_gather", SequenceLayout(layout).slice_ids(ranks).size * 3 * 4)
+    assert (edges.kind, edges.result_bytes) == ("all_gather", SequenceLayout(layout).slice_ids(ranks).size * 4 * 4)
 
 
 def test_the_compiled_program_adds_no_collective():
