@@ -2,7 +2,7 @@
 
 from mmx.config.count import ForwardFlops, ParameterCount, count_parameters, forward_flops, training_flops
 from mmx.config.errors import ConfigError, nearest
-from mmx.config.model import HYBRID_PERIOD, LIGHTNING, SOFTMAX, ModelConfig
+from mmx.config.model import HYBRID_PERIOD, LIGHTNING, SEQUENCE_LAYOUTS, SOFTMAX, ModelConfig
 from mmx.config.run import (
     BATCH_AXES,
     MESH_AXES,
@@ -21,6 +21,7 @@ __all__ = [
     "HYBRID_PERIOD",
     "LIGHTNING",
     "MESH_AXES",
+    "SEQUENCE_LAYOUTS",
     "SOFTMAX",
     "CheckpointConfig",
     "ConfigError",

@@ -15,7 +15,8 @@ HYBRID_PERIOD = (LIGHTNING,) * 7 + (SOFTMAX,)
 DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = ("none", "selective", "offload", "full")
 AUX_LOSS_FORMS = ("paper", "released")
-SEQUENCE_LAYOUTS = ("zigzag", "contiguous")
+# Name -> slices of a row that each device of mesh.context holds.
+SEQUENCE_LAYOUTS = {"contiguous": 1, "zigzag": 2, "balanced": 8}
 EXPERT_EXCHANGES = ("auto", "padded", "ragged", "gather")
 _POSITIVE = (
     "vocab_size",
@@ -90,8 +91,9 @@ class ModelConfig:
     remat: str = "none"
 
     # How the work is spread over a mesh; without token drop the numbers do not depend on it.
-    # What a device holds of a row that is split over mesh.context: "zigzag" is half a slice from its start and half
-    # from its end, which gives all devices the same share of causal attention; "contiguous" is one slice.
+    # What a device holds of a row that is split over mesh.context: "zigzag" is a piece from its start and one from its
+    # end, the same causal work for all where a row is one document; "balanced" is eight pieces, dealt by the work of
+    # the row's documents, for packed rows; "contiguous" is one piece.
     sequence_layout: str = "zigzag"
     # How tokens travel to experts on other devices (mmx/parallel/exchange.py); "auto" decides by platform.
     expert_exchange: str = "auto"
@@ -152,7 +154,7 @@ class ModelConfig:
         _require_choice("model.dtype", self.dtype, DTYPES)
         _require_choice("model.param_dtype", self.param_dtype, DTYPES)
         _require_choice("model.remat", self.remat, REMAT_POLICIES)
-        _require_choice("model.sequence_layout", self.sequence_layout, SEQUENCE_LAYOUTS)
+        _require_choice("model.sequence_layout", self.sequence_layout, tuple(SEQUENCE_LAYOUTS))
         _require_choice("model.expert_exchange", self.expert_exchange, EXPERT_EXCHANGES)
         if self.global_router and not self.capacity_factor:
             raise ConfigError(

@@ -9,7 +9,7 @@ import dataclasses
 import math
 
 from mmx.config.errors import ConfigError
-from mmx.config.model import ModelConfig
+from mmx.config.model import SEQUENCE_LAYOUTS, ModelConfig
 
 MESH_AXES = ("replica", "fsdp", "expert", "expert_tensor", "context", "tensor")
 # Axes over which the sequences of a batch are split (DESIGN: expert and expert_tensor are batch axes to attention).
@@ -163,9 +163,10 @@ class Run:
                 raise ConfigError(f"{path}={value} is too small: set it to at least {least}")
 
     def _validate_split(self, sizes: dict[str, int]) -> None:
-        model, layout_halves = self.model, 2 if self.model.sequence_layout == "zigzag" and sizes["context"] > 1 else 1
+        model = self.model
+        slices = SEQUENCE_LAYOUTS[model.sequence_layout] if sizes["context"] > 1 else 1
         splits = (
-            ("data.sequence_length", self.data.sequence_length, ("context", "tensor"), layout_halves),
+            ("data.sequence_length", self.data.sequence_length, ("context", "tensor"), slices),
             ("model.num_heads", model.num_heads, ("tensor",), 1),
             ("model.num_kv_heads", model.num_kv_heads, ("tensor",), 1),
             ("model.vocab_size", model.vocab_size, ("tensor",), 1),
@@ -182,7 +183,7 @@ class Run:
                 over = " x ".join(axis for axis in axes if sizes[axis] > 1)
                 parts = f"{over} = {ways}" if over else ""
                 if factor > 1:
-                    reason = "half slices of model.sequence_layout" if axes[0] == "context" else "train.micro_batches"
+                    reason = "slices of model.sequence_layout" if axes[0] == "context" else "train.micro_batches"
                     parts += f"{' and ' if parts else ''}{reason} = {factor}"
                 raise ConfigError(f"{name}={value} cannot be split over {parts}: use a multiple of {ways * factor}")
         devices = math.prod(sizes.values())

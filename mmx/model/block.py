@@ -22,6 +22,7 @@ class Tokens(NamedTuple):
 
     rope: RopeTable
     segment_ids_BS: jax.Array | None
+    slice_ids_BT: jax.Array | None  # slices of each row in the order of the ranks, where the layout needs them
     valid_BS: jax.Array | None  # tokens that count for the router's load
 
 
@@ -62,12 +63,12 @@ class Block(nnx.Module):
         """
         normed = self.attention_norm(x_BSD)
         if self.kind == LIGHTNING:
-            branch, cache = self.attention(normed, slopes_H, tokens.segment_ids_BS)
+            branch, cache = self.attention(normed, slopes_H, tokens.segment_ids_BS, tokens.slice_ids_BT)
         else:
-            branch, cache = self.attention(normed, tokens.rope, tokens.segment_ids_BS)
+            branch, cache = self.attention(normed, tokens.rope, tokens.segment_ids_BS, tokens.slice_ids_BT)
         x_BSD = self._join(x_BSD, normed, branch, self.attention_scales)
         normed = self.experts_norm(x_BSD)
-        branch, stats = self.experts(normed, tokens.valid_BS, dropless=dropless)
+        branch, stats = self.experts(normed, tokens.valid_BS, dropless=dropless, slice_ids_BT=tokens.slice_ids_BT)
         return self._join(x_BSD, normed, branch, self.experts_scales), stats, cache
 
     def step(self, x_BD: jax.Array, slopes_H: jax.Array, cache: Any, step: Step) -> tuple[jax.Array, Any]:

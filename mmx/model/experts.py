@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mmx.config import ModelConfig
 from mmx.model.activation import swiglu
+from mmx.model.layout import SLICES
 from mmx.model.parameters import deepnorm_gain, xavier
 from mmx.model.router import Router, RouterLoad
 from mmx.parallel import gather_in_island, island, stored_axes
@@ -50,13 +51,16 @@ class Experts(nnx.Module):
         self.gate_up = xavier(keys[1], (E, D, 2, F), _GATE_UP, dtype, fan_in=D, fan_out=F, gain=gain)
         self.down = xavier(keys[2], (E, F, D), _DOWN, dtype, fan_in=F, fan_out=D, gain=gain)
 
-    def __call__(self, x: jax.Array, valid: jax.Array | None, *, dropless: bool) -> tuple[jax.Array, ExpertStats]:
+    def __call__(
+        self, x: jax.Array, valid: jax.Array | None, *, dropless: bool, slice_ids_BT: jax.Array | None = None
+    ) -> tuple[jax.Array, ExpertStats]:
         """Routes tokens through their experts.
 
         Args:
           x: normalised input, [B, S, D] or [B, D].
           valid: bool, tokens that count for the load; None counts all.
           dropless: True ignores the capacity, as inference does.
+          slice_ids_BT: slices of each row in the order of the ranks, in a layout that depends on the documents.
 
         Returns:
           The branch's output in x's shape and dtype, and the layer's statistics.
@@ -66,14 +70,14 @@ class Experts(nnx.Module):
         tokens = ("batch", "sequence", None) if x.ndim == 3 else ("batch", None)
         run = island(
             functools.partial(_run_experts, self.config, dropless),
-            (tokens, tokens, tokens, stored_axes(_GATE_UP), stored_axes(_DOWN)),
+            (tokens, tokens, tokens, stored_axes(_GATE_UP), stored_axes(_DOWN), SLICES),
             (tokens, tokens),
         )
-        y, kept = run(x, routing.experts_J, routing.weights_J, self.gate_up[...], self.down[...])
+        y, kept = run(x, routing.experts_J, routing.weights_J, self.gate_up[...], self.down[...], slice_ids_BT)
         return y, ExpertStats(load, 1.0 - jnp.mean(kept.astype(jnp.float32)))
 
 
-def _run_experts(config: ModelConfig, dropless: bool, x, experts_J, weights_J, gate_up_NDF, down_NFD):
+def _run_experts(config: ModelConfig, dropless: bool, x, experts_J, weights_J, gate_up_NDF, down_NFD, slice_ids_BL):
     """The experts' results for one device's tokens, and which assignments were kept."""
     factor = 0.0 if dropless else config.capacity_factor
     E, J, T = config.num_experts, config.experts_per_token, x.size // x.shape[-1]
@@ -81,7 +85,7 @@ def _run_experts(config: ModelConfig, dropless: bool, x, experts_J, weights_J, g
     groups = config.exchange_groups if T % config.exchange_groups == 0 else 1
     kept_J, capacity = None, None
     if factor and config.global_router:
-        kept_J = globally_kept(experts_J, E, factor, SequenceLayout(config.sequence_layout))
+        kept_J = globally_kept(experts_J, E, factor, SequenceLayout(config.sequence_layout), slice_ids_BL)
     elif factor:
         capacity = even_share(T // groups, J, E, factor)
     flatten = lambda a: None if a is None else rearrange(a, "... c -> (...) c")  # noqa: E731

@@ -6,6 +6,8 @@ instead; its output projection scatters the tokens again.
 """
 
 HEADS_OF_TOKENS = ("batch", "attention_sequence", "heads", None)
+# Numbers of the slices of each row, in the order of the ranks that hold them (mmx.parallel.sequence_layout).
+SLICES = ("batch", "attention_sequence")
 
 
 def stream_axes(ndim: int) -> tuple[str | None, ...]:

@@ -4,15 +4,13 @@ SiLU on queries, keys and values; constant decay; RMSNorm over all heads togethe
 RoPE, no scale, no biases. Shapes: B batch, S tokens, D hidden, H heads, K head channels.
 """
 
-import functools
-
 import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from mmx.config import ModelConfig
 from mmx.model.activation import sigmoid_gate, silu
-from mmx.model.layout import HEADS_OF_TOKENS, heads_axes, stream_axes
+from mmx.model.layout import HEADS_OF_TOKENS, SLICES, heads_axes, stream_axes
 from mmx.model.linear import linear
 from mmx.model.norm import RMSNorm
 from mmx.model.parameters import deepnorm_gain, weight, xavier
@@ -43,7 +41,11 @@ class LightningAttention(nnx.Module):
         self.layout = SequenceLayout(config.sequence_layout)
 
     def __call__(
-        self, x_BSD: jax.Array, slopes_H: jax.Array, segment_ids_BS: jax.Array | None
+        self,
+        x_BSD: jax.Array,
+        slopes_H: jax.Array,
+        segment_ids_BS: jax.Array | None,
+        slice_ids_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array | None]:
         """Mixes the tokens of each document.
 
@@ -51,6 +53,7 @@ class LightningAttention(nnx.Module):
           x_BSD: normalised input.
           slopes_H: this layer's decay slopes.
           segment_ids_BS: document ids, or None for one document a row.
+          slice_ids_BT: slices of each row in the order of the ranks, in a layout that depends on the documents.
 
         Returns:
           The branch's output [B, S, D], and the state after the last token [B, H, K, K]; None where rows are split
@@ -60,8 +63,8 @@ class LightningAttention(nnx.Module):
         qkv = self._project(x_BSD)
         in_axes = (*[HEADS_OF_TOKENS] * 3, ("heads",), HEADS_OF_TOKENS[:2])
         if axis_size("context") > 1:
-            lasp = functools.partial(lasp_plus, axis="context", layout=self.layout)
-            o_BSHK, state_BHKK = island(lasp, in_axes, HEADS_OF_TOKENS)(*qkv, slopes_H, segment_ids_BS), None
+            lasp = island(self._lasp, (*in_axes, SLICES), HEADS_OF_TOKENS)
+            o_BSHK, state_BHKK = lasp(*qkv, slopes_H, segment_ids_BS, slice_ids_BT), None
         else:
             attend = island(
                 lambda q, k, v, slopes, segments: lightning_attention(q, k, v, slopes, segment_ids_BS=segments),
@@ -70,6 +73,10 @@ class LightningAttention(nnx.Module):
             )
             o_BSHK, state_BHKK = attend(*qkv, slopes_H, segment_ids_BS)
         return self._finish(x_BSD, checkpoint_name(o_BSHK, "attention")), state_BHKK
+
+    def _lasp(self, q_BSHK, k_BSHK, v_BSHK, slopes_H, segment_ids_BS, slice_ids_BN):
+        operands = q_BSHK, k_BSHK, v_BSHK, slopes_H, segment_ids_BS
+        return lasp_plus(*operands, axis="context", layout=self.layout, slice_ids_BN=slice_ids_BN)
 
     def step(self, x_BD: jax.Array, slopes_H: jax.Array, state_BHKK: jax.Array) -> tuple[jax.Array, jax.Array]:
         """One token of each row: its output [B, D] and the state after it."""

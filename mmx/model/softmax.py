@@ -10,7 +10,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from mmx.config import ModelConfig
-from mmx.model.layout import HEADS_OF_TOKENS, heads_axes, stream_axes
+from mmx.model.layout import HEADS_OF_TOKENS, SLICES, heads_axes, stream_axes
 from mmx.model.linear import linear
 from mmx.model.parameters import deepnorm_gain, weight, xavier
 from mmx.model.rope import RopeTable, apply_rope
@@ -42,7 +42,11 @@ class SoftmaxAttention(nnx.Module):
         self.layout = SequenceLayout(config.sequence_layout)
 
     def __call__(
-        self, x_BSD: jax.Array, rope: RopeTable, segment_ids_BS: jax.Array | None
+        self,
+        x_BSD: jax.Array,
+        rope: RopeTable,
+        segment_ids_BS: jax.Array | None,
+        slice_ids_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, KeyValues]:
         """Causal attention within each document.
 
@@ -50,21 +54,21 @@ class SoftmaxAttention(nnx.Module):
           x_BSD: normalised input.
           rope: table of the tokens' positions.
           segment_ids_BS: document ids, or None for one document a row.
+          slice_ids_BT: slices of each row in the order of the ranks, in a layout that depends on the documents.
 
         Returns:
           The branch's output [B, S, D], and the tokens' keys and values for a cache.
         """
         q_BSHK, k_BSGK, v_BSGK = self._project(constrain(x_BSD, "batch", "attention_sequence", None), rope)
-        attend = island(self._attend, (*[HEADS_OF_TOKENS] * 3, HEADS_OF_TOKENS[:2]), HEADS_OF_TOKENS)
-        o_BSHK = attend(q_BSHK, k_BSGK, v_BSGK, segment_ids_BS)
+        attend = island(self._attend, (*[HEADS_OF_TOKENS] * 3, HEADS_OF_TOKENS[:2], SLICES), HEADS_OF_TOKENS)
+        o_BSHK = attend(q_BSHK, k_BSGK, v_BSGK, segment_ids_BS, slice_ids_BT)
         return self._finish(o_BSHK), KeyValues(k_BSGK, v_BSGK)
 
-    def _attend(
-        self, q_BSHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, segment_ids_BS: jax.Array | None
-    ) -> jax.Array:
+    def _attend(self, q_BSHK, k_BSGK, v_BSGK, segment_ids_BS, slice_ids_BN):
         if axis_size("context") > 1:
             # It names its result itself, together with what its backward pass needs.
-            return ring_attention(q_BSHK, k_BSGK, v_BSGK, segment_ids_BS, axis="context", layout=self.layout)
+            operands = q_BSHK, k_BSGK, v_BSGK, segment_ids_BS
+            return ring_attention(*operands, axis="context", layout=self.layout, slice_ids_BN=slice_ids_BN)
         return checkpoint_name(softmax_attention(q_BSHK, k_BSGK, v_BSGK, segment_ids_BS=segment_ids_BS), "attention")
 
     def step(

@@ -92,6 +92,7 @@ class TextModel(nnx.Module):
         *,
         segment_ids_BS: jax.Array | None = None,
         positions_BS: jax.Array | None = None,
+        slice_ids_BT: jax.Array | None = None,
         valid_BS: jax.Array | None = None,
         dropless: bool = True,
         keep_cache: bool = False,
@@ -102,6 +103,8 @@ class TextModel(nnx.Module):
           tokens_BS: int32 token ids.
           segment_ids_BS: document ids; a document begins wherever the id changes. None: one document a row.
           positions_BS: positions for RoPE; None counts from the start of each document.
+          slice_ids_BT: slices of each row in the order of the ranks of ``context``, in a layout that depends on the
+            documents; None otherwise.
           valid_BS: bool, tokens that count for the router's load; None counts all.
           dropless: False lets experts drop tokens beyond ``config.capacity_factor``, as in training.
           keep_cache: also return what decoding continues from.
@@ -118,7 +121,7 @@ class TextModel(nnx.Module):
             positions_BS = document_positions(whole_BS)
         rope = rope_table(positions_BS, config.rotary_dim, config.rope_base)
         valid_BS = None if valid_BS is None else constrain(valid_BS, "batch", "sequence")
-        tokens = Tokens(rope, segment_ids_BS, valid_BS)
+        tokens = Tokens(rope, segment_ids_BS, slice_ids_BT, valid_BS)
 
         def layer(x_BSD, inputs):
             block, slopes_H = inputs

@@ -14,11 +14,9 @@ import math
 
 import numpy as np
 
-from mmx.config import ConfigError
+from mmx.config import SEQUENCE_LAYOUTS, ConfigError
 
-# Slices that each rank holds where there are several ranks.
-_SLICES = {"contiguous": 1, "zigzag": 2, "balanced": 8}
-NAMES = tuple(_SLICES)
+NAMES = tuple(SEQUENCE_LAYOUTS)
 # Tokens of the blocks in which work is reckoned; what attention uses depends on the platform.
 _WORK_BLOCK = 512
 
@@ -46,7 +44,7 @@ class SequenceLayout:
 
     def slices_per_rank(self, ranks: int) -> int:
         """N."""
-        return _SLICES[self.name] if ranks > 1 else 1
+        return SEQUENCE_LAYOUTS[self.name] if ranks > 1 else 1
 
     def slice_ids(self, ranks: int, segment_ids_BS: np.ndarray | None = None) -> np.ndarray:
         """The slices that each rank holds, int32 [P, N]; [B, P, N] in the balanced layout, which needs the documents.

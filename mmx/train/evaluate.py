@@ -30,7 +30,12 @@ class HeldoutLoss(NamedTuple):
 def heldout_sums(config: ModelConfig, params: Params, batch: Batch, token_bytes_V: jax.Array) -> HeldoutSums:
     """Sums of one batch, without dropping tokens; ``token_bytes_V`` is each token's length as text, in bytes."""
     model = bind(config, params)
-    x_BSD, _, _ = model(batch.tokens_BS, segment_ids_BS=batch.segment_ids_BS, positions_BS=batch.positions_BS)
+    x_BSD, _, _ = model(
+        batch.tokens_BS,
+        segment_ids_BS=batch.segment_ids_BS,
+        positions_BS=batch.positions_BS,
+        slice_ids_BT=batch.slice_ids_BT,
+    )
     nll = next_token_nll(model, x_BSD, batch.targets_BS, batch.weights_BS)
     text_bytes_BS = token_bytes_V.at[batch.targets_BS].get(out_sharding=_sharding(batch.targets_BS))
     return HeldoutSums(nll, jnp.sum(batch.weights_BS), jnp.sum(batch.weights_BS * text_bytes_BS))

@@ -19,13 +19,15 @@ from pallas_kernels.cross_entropy import cross_entropy
 
 
 class Batch(NamedTuple):
-    """Packed rows, [B, S] each."""
+    """Packed rows, [B, S] each; on a mesh, tokens in the order of ``mmx.parallel.sequence_layout``."""
 
     tokens_BS: jax.Array  # int32
     targets_BS: jax.Array  # int32, the next token of the same document
     segment_ids_BS: jax.Array  # int32, 0 where there is padding only
     positions_BS: jax.Array  # int32, from the start of the document's part in the row
     weights_BS: jax.Array  # fp32, 0 where there is no target
+    # int32, slices of each row in the order of the ranks that hold them; only where the layout differs among rows.
+    slice_ids_BT: jax.Array | None = None
 
 
 class LossSums(NamedTuple):
@@ -48,6 +50,7 @@ def loss_sums(config: ModelConfig, params: Params, batch: Batch, *, dropless: bo
         batch.tokens_BS,
         segment_ids_BS=batch.segment_ids_BS,
         positions_BS=batch.positions_BS,
+        slice_ids_BT=batch.slice_ids_BT,
         valid_BS=batch.segment_ids_BS > 0,
         dropless=dropless,
     )

@@ -29,12 +29,12 @@ class BatchPlacement:
           ConfigError: if the mesh gives processes rows that overlap in part.
         """
         self._shape = batch_size, length
-        self._sharding, self._order, self.share = None, None, Share()
+        self._layout, self._ranks = layout, 1
+        self._sharding, self.share = None, Share()
         if mesh is None:
             return
         self._sharding = NamedSharding(mesh, spec("batch", "attention_sequence"))
-        if mesh.shape["context"] > 1:
-            self._order = layout.permutation(length, mesh.shape["context"])
+        self._ranks = mesh.shape["context"]
         by_process: dict[int, set[tuple[int, int]]] = {}
         for device, (rows, _) in self._sharding.devices_indices_map(self._shape).items():
             by_process.setdefault(device.process_index, set()).add((rows.start or 0, rows.stop or batch_size))
@@ -61,19 +61,25 @@ class BatchPlacement:
 
     def to_devices(self, row: Row) -> Batch:
         """This process's rows, [rows, S] each, as its part of the global batch."""
-        return Batch(*(self._place(row[name]) for name in ROW_DTYPES))
+        fields, slice_ids = [row[name] for name in ROW_DTYPES], None
+        if self._ranks > 1:
+            documents = row["segment_ids"] if self._layout.depends_on_documents else None
+            order = np.atleast_2d(self._layout.permutation(self._shape[1], self._ranks, documents))
+            fields = [np.take_along_axis(x, order, axis=1) for x in fields]
+            if documents is not None:
+                slice_ids = self._place(self._layout.slice_ids(self._ranks, documents).reshape(self.rows, -1))
+        return Batch(*map(self._place, fields), slice_ids)
 
     def _place(self, local: np.ndarray) -> jax.Array:
+        """Rows of this process, [rows, ...], as its part of the global array."""
         if self._sharding is None:
             return jnp.asarray(local)
-        if self._order is not None:
-            local = local[:, self._order]
 
         def shard(index: tuple[slice, ...]) -> np.ndarray:
-            rows, tokens = index
+            rows, columns = index
             start = rows.start or 0
             count = (self._shape[0] if rows.stop is None else rows.stop) - start
             first = self._local[start]
-            return local[first : first + count, tokens]
+            return local[first : first + count, columns]
 
-        return jax.make_array_from_callback(self._shape, self._sharding, shard)
+        return jax.make_array_from_callback((self._shape[0], local.shape[1]), self._sharding, shard)

@@ -33,7 +33,7 @@ def test_model(sentence):
 
 
 RUN_MISTAKES = {
-    "cannot be split over context = 4 and half slices of model.sequence_layout = 2: use a multiple of 8": (
+    "cannot be split over context = 4 and slices of model.sequence_layout = 2: use a multiple of 8": (
         {"data.sequence_length": 510, "mesh.context": 4},
         4,
     ),

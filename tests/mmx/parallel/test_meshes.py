@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from mmx.config import MESH_AXES, MeshConfig, OptimizerConfig
-from mmx.parallel import build_mesh, spec
+from mmx.data.packing import ROW_DTYPES
+from mmx.parallel import build_mesh
 from mmx.parallel.sequence_layout import SequenceLayout
 from mmx.train.loss import Batch
 from mmx.train.optimizer import build_optimizer
+from mmx.train.placement import BatchPlacement
 from mmx.train.step import apply_gradient, init_state, token_sum_gradient
 from tests.tiny import tiny, tokens
 
@@ -51,10 +53,10 @@ def awkward_batch() -> Batch:
     )
 
 
-def placed(batch: Batch, sizes: MeshConfig, layout: str) -> Batch:
-    """The batch on the mesh in scope, tokens in layout order."""
-    order = SequenceLayout(layout).permutation(LENGTH, sizes.context)
-    return Batch(*(jax.device_put(x[:, order], spec("batch", "attention_sequence")) for x in batch))
+def placed(batch: Batch, layout: str) -> Batch:
+    """The batch on the mesh in scope, as a run places it."""
+    placement = BatchPlacement(jax.sharding.get_mesh(), SequenceLayout(layout), ROWS, LENGTH)
+    return placement.to_devices(dict(zip(ROW_DTYPES, batch[: len(ROW_DTYPES)], strict=True)))
 
 
 def train(config, sizes: MeshConfig | None):
@@ -71,7 +73,7 @@ def train(config, sizes: MeshConfig | None):
         if sizes is not None:
             count = int(np.prod([getattr(sizes, axis) for axis in MESH_AXES]))
             stack.enter_context(jax.set_mesh(build_mesh(sizes, jax.devices()[:count])))
-            batch = placed(batch, sizes, config.sequence_layout)
+            batch = placed(batch, config.sequence_layout)
         state = jax.jit(functools.partial(init_state, config, optimizer, 0))()
         # Larger than at initialisation, so that no part is too faint to matter.
         state = state._replace(params=jax.tree.map(lambda x: x if x.ndim == 3 else 2.5 * x, state.params))
@@ -133,6 +135,7 @@ SPREADS = {
     ),
     "ragged, one expert a device": ({"expert_exchange": "ragged"}, {"expert": 8}),
     "contiguous slices": ({"sequence_layout": "contiguous"}, {"context": 4, "tensor": 2}),
+    "balanced slices": ({"sequence_layout": "balanced"}, {"fsdp": 2, "context": 2, "tensor": 2}),
     "full rematerialisation": ({"remat": "full"}, {"fsdp": 2, "expert": 2, "context": 2}),
     "tied embeddings": ({"tie_embeddings": True}, {"fsdp": 2, "tensor": 4}),
 }
@@ -148,15 +151,16 @@ def test_same_numbers_however_spread(spread):
 
 
 @pytest.mark.parametrize(
-    ("body", "sizes"),
+    ("body", "sizes", "layout"),
     [
-        ("padded", {"fsdp": 2, "expert": 2, "context": 2}),
-        pytest.param("ragged", {"expert": 4, "expert_tensor": 2}, marks=slow),
-        pytest.param("gather", {"expert": 2, "context": 2, "tensor": 2}, marks=slow),
+        ("padded", {"fsdp": 2, "expert": 2, "context": 2}, "zigzag"),
+        pytest.param("ragged", {"expert": 4, "expert_tensor": 2}, "zigzag", marks=slow),
+        pytest.param("gather", {"expert": 2, "context": 2, "tensor": 2}, "balanced", marks=slow),
     ],
 )
-def test_global_router_drops_the_same_on_any_mesh(body, sizes):
-    config = dataclasses.replace(CONFIG, capacity_factor=1.0, global_router=True, expert_exchange=body)
+def test_global_router_drops_the_same_on_any_mesh(body, sizes, layout):
+    config = dataclasses.replace(CONFIG, capacity_factor=1.0, global_router=True)
     want = alone(config)
     assert max(step[1].max() for step in want) > 0.02
-    assert_same(train(config, MeshConfig(**sizes)), want)
+    spread = dataclasses.replace(config, expert_exchange=body, sequence_layout=layout)
+    assert_same(train(spread, MeshConfig(**sizes)), want)
