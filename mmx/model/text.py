@@ -254,7 +254,7 @@ def _remat(layer: Callable, policy: str) -> Callable:
 @functools.cache
 def _abstract(config: ModelConfig) -> tuple[Any, nnx.State]:
     """Graph definition and parameter shapes, without making any array."""
-    return nnx.split(jax.eval_shape(lambda key: TextModel(config, key), jax.random.key(0)))
+    return nnx.split(jax.eval_shape(lambda: TextModel(config, jax.random.key(0))))
 
 
 def bind(config: ModelConfig, params: Params) -> TextModel:
