@@ -13,6 +13,7 @@ from typing import Any
 SECTIONS = {
     "lasp": "mmx.bench.parallel.lasp:measure",
     "ring": "mmx.bench.parallel.ring:measure",
+    "overlap": "mmx.bench.parallel.overlap:measure",
 }
 _DEVICES = 8
 
