@@ -17,7 +17,8 @@ ALLOWED = {
     "mmx.plan": {"mmx.config", "mmx.parallel", "mmx.model", "mmx.train", "pallas_kernels"},
     "mmx.generate": {"mmx.config", "mmx.parallel", "mmx.model", "pallas_kernels"},
     "mmx.bench": {
-        *("configs", "mmx.config", "mmx.parallel", "mmx.model", "mmx.train", "mmx.generate", "pallas_kernels"),
+        *("configs", "mmx.config", "mmx.parallel", "mmx.model", "mmx.train", "mmx.plan", "mmx.generate"),
+        "pallas_kernels",
     },
     "mmx.pretrained": {"mmx.config", "mmx.model", "mmx.data", "mmx.train", "mmx.generate"},
     "mmx": {"mmx.pretrained"},

@@ -18,8 +18,8 @@ PROGRAM = """HloModule jit_step, is_scheduled=true
 %body (t: (s32[], bf16[8,8])) -> (s32[], bf16[8,8]) {
   %t = (s32[], bf16[8,8]{1,0}) parameter(0)
   %x = bf16[8,8]{1,0} get-tuple-element(%t), index=1
-  %send = (bf16[8,8]{1,0}, bf16[8,8]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%x), source_target_pairs={{0,1}},
-    metadata={op_name="jit(step)/while/body/ppermute"}
+  %send = (bf16[8,8]{1,0}, bf16[8,8]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%x),
+    source_target_pairs={{0,1}}, metadata={op_name="jit(step)/while/body/ppermute"}
   %product = bf16[8,8]{1,0} fusion(%x, %x), kind=kOutput, calls=%fused_product
   %came = bf16[8,8]{1,0} collective-permute-done(%send)
   %late = bf16[8,8]{1,0} fusion(%came, %came), kind=kOutput, calls=%fused_product
