@@ -47,8 +47,8 @@ def measure(say: Callable[[str], None]) -> list[dict[str, Any]]:
         for result in results[-2:]:
             result["seconds"] = seconds[result["name"]]
             say(
-                f"{result['name']:5} {length:>6,} tokens: {result['serial_steps_forward']} steps one after the other "
-                f"forward, {result['serial_steps']} with backward; a rank receives "
-                f"{result['received_bytes'] / 2**20:.2f} MiB; {result['seconds'] * 1e3:,.0f} ms"
+                f"{result['name']:5}  {length:>6,} tokens  {result['serial_steps_forward']} serial steps forward, "
+                f"{result['serial_steps']:>2} with backward; a rank receives "
+                f"{result['received_bytes'] / 1024:,.0f} KiB; {result['seconds'] * 1e3:,.0f} ms"
             )
     return results
