@@ -28,7 +28,7 @@ from mmx.config import ConfigError, nearest
 
 _CPU = flags.DEFINE_bool("cpu", False, "Measure on the CPU against Transformers; about twenty minutes.")
 _GPU = flags.DEFINE_bool("gpu", False, "Check and measure on the first GPU; about thirteen minutes.")
-_PARALLEL = flags.DEFINE_bool("parallel", False, "Compare ways to split a sequence, on virtual devices; two minutes.")
+_PARALLEL = flags.DEFINE_bool("parallel", False, "Compare ways to split a sequence, on virtual devices; a minute.")
 _SECTIONS = flags.DEFINE_list("sections", list(SECTIONS), "Sections of the GPU report, in this order.")
 _SECTION_SECONDS = flags.DEFINE_float("section_seconds", 300, "Most that one section of the GPU report may take.")
 _LENGTHS = flags.DEFINE_list("lengths", ["1024", "4096", "16384"], "Tokens of a training step and of a prefill.")

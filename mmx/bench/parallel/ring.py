@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from mmx.bench.parallel.packed import mixed_rows
-from mmx.bench.parallel.ranks import AXIS, RANKS, gradients, integers, seconds_in_turns, tokens
+from mmx.bench.parallel.ranks import AXIS, RANKS, SHARED_CORES, gradients, integers, seconds_in_turns, tokens
 from mmx.parallel.ring import ring_attention
 from mmx.parallel.ring_work import block_pairs, busiest_over_mean, steps_over_mean
 from mmx.parallel.sequence_layout import NAMES, SequenceLayout
@@ -40,11 +40,9 @@ def measure(say: Callable[[str], None]) -> list[dict[str, Any]]:
                 f"{count['pairs_share']:.0%} of the pairs of one document"
             )
     seconds = _seconds(np.ones((1, RUN_LENGTH), np.int32), mixed_rows(1, RUN_LENGTH, 16, RUN_LENGTH // 4))
-    say(
-        f"forward and backward over {RUN_LENGTH:,} tokens; {RANKS} ranks share this machine's cores, so all work counts"
-    )
+    say(f"forward and backward over {RUN_LENGTH:,} tokens; {SHARED_CORES}")
     for (what, name), value in seconds.items():
-        say(f"{what}, {name:10}: {value * 1e3:,.0f} ms")
+        say(f"{what:15}  {name:10}  {value * 1e3:7,.0f} ms")
         results.append({"documents": what, "layout": name, "length": RUN_LENGTH, "seconds": value})
     return results
 

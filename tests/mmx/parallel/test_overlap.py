@@ -23,8 +23,11 @@ def mesh():
     # Several test processes load the library at once.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # The suite's cache of compiled programs cannot read this one back.
+    jax.config.update("jax_enable_compilation_cache", False)
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices
-    return Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Explicit,))
+    yield Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Explicit,))
+    jax.config.update("jax_enable_compilation_cache", True)
 
 
 def computations(hlo):
