@@ -149,3 +149,20 @@ def test_kept_states_spare_the_backward_pass_a_gather():
 
     assert gathers(jax.checkpoint_policies.nothing_saveable) == 3
     assert gathers(jax.checkpoint_policies.save_only_these_names(ENTERING_STATES)) == 2
+
+
+def test_mistakes_are_named():
+    q = jnp.zeros((1, LENGTH, H, K))
+
+    def call(form, name, segment_ids=None, **slices):
+        local = lambda q: form(q, q, q, jnp.ones(H), segment_ids, axis=AXIS, layout=SequenceLayout(name), **slices)  # noqa: E731
+        mesh = rank_mesh(2)
+        island = jax.shard_map(local, mesh=mesh, in_specs=TOKENS, out_specs=TOKENS, check_vma=False)
+        return jax.eval_shape(island, jax.device_put(q, jax.NamedSharding(mesh, TOKENS)))
+
+    with pytest.raises(ValueError, match="the balanced layout needs slice_ids_BN"):
+        call(lasp_plus, "balanced")
+    with pytest.raises(ValueError, match="the zigzag layout takes no slice_ids_BN"):
+        call(lasp_plus, "zigzag", slice_ids_BN=jnp.zeros((1, 2), jnp.int32))
+    with pytest.raises(ValueError, match="not in the balanced layout"):
+        call(lasp, "balanced")
