@@ -15,9 +15,7 @@ ALLOWED = {
     "mmx.data": {"mmx.config"},
     "mmx.train": {"mmx.config", "mmx.parallel", "mmx.model", "mmx.data", "pallas_kernels"},
     "mmx.generate": {"mmx.config", "mmx.parallel", "mmx.model", "pallas_kernels"},
-    "mmx.bench": {
-        *("configs", "mmx.config", "mmx.parallel", "mmx.model", "mmx.train", "mmx.generate", "pallas_kernels"),
-    },
+    "mmx.bench": {"configs", "mmx.config", "mmx.parallel", "mmx.model", "mmx.train", "mmx.generate", "pallas_kernels"},
     "mmx.pretrained": {"mmx.config", "mmx.model", "mmx.data", "mmx.train", "mmx.generate"},
     "mmx": {"mmx.pretrained"},
     "configs": {"mmx.config"},
