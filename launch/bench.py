@@ -28,12 +28,12 @@ from mmx.config import ConfigError, nearest
 
 _CPU = flags.DEFINE_bool("cpu", False, "Measure on the CPU against Transformers; about twenty minutes.")
 _GPU = flags.DEFINE_bool("gpu", False, "Check and measure on the first GPU; about thirteen minutes.")
-_PARALLEL = flags.DEFINE_bool("parallel", False, "Compare ways to split a sequence, on virtual devices; two minutes.")
 _SECTIONS = flags.DEFINE_list("sections", list(SECTIONS), "Sections of the GPU report, in this order.")
 _SECTION_SECONDS = flags.DEFINE_float("section_seconds", 300, "Most that one section of the GPU report may take.")
 _LENGTHS = flags.DEFINE_list("lengths", ["1024", "4096", "16384"], "Tokens of a training step and of a prefill.")
 _TURNS = flags.DEFINE_integer("turns", 2, "Turns of each contestant at each length.", lower_bound=1)
 _THREADS = flags.DEFINE_integer("threads", 2, "CPU cores that each contestant may use.", lower_bound=1)
+_PARALLEL = flags.DEFINE_bool("parallel", False, "Compare ways to split a sequence, on virtual devices; a minute.")
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file for the results.")
 
 # Large pages for large arrays, for all contestants alike. The C library reads it when a process starts.

@@ -84,6 +84,8 @@ def lasp(
     Raises:
       ValueError: in a layout that depends on the documents, where the order of the ranks is not known beforehand.
     """
+    if layout.depends_on_documents:
+        raise ValueError(f"LASP hands states on in a fixed order of ranks: not in the {layout.name} layout")
     operands = q_BSHK, k_BSHK, v_BSHV, slopes_H, segment_ids_BS, None
     return _split_attention(operands, axis, layout, implementation, _handed_states)
 

@@ -47,11 +47,14 @@ def survey(
       segment_ids_BS: ids of the local tokens, or None for one document a row.
       slice_ids_BN: numbers of this rank's slices where the layout depends on the documents, else None.
       local_length: S.
+
+    Raises:
+      ValueError: if the numbers of the slices are missing, or given to a layout that fixes them.
     """
     ranks, rank = lax.axis_size(axis), lax.axis_index(axis)
     N, length = layout.slices_per_rank(ranks), layout.slice_length(local_length * ranks, ranks)
     if layout.depends_on_documents != (slice_ids_BN is not None):
-        raise ValueError(f"slice_ids belong to a layout that depends on the documents; this one is {layout.name}")
+        raise ValueError(f"the {layout.name} layout {'needs' if slice_ids_BN is None else 'takes no'} slice_ids_BN")
     gather = lambda x: jnp.moveaxis(lax.all_gather(x, axis), 0, 1).reshape(x.shape[0], ranks * N, *x.shape[2:])  # noqa: E731
     if slice_ids_BN is None:
         table_PN = jnp.asarray(layout.slice_ids(ranks))
@@ -64,9 +67,8 @@ def survey(
     B = segment_ids_BS.shape[0]
     ids_BNL = segment_ids_BS.reshape(B, N, length)
     inner_BNL = document_runs(ids_BNL.reshape(B * N, length)).reshape(B, N, length)
-    own_BN = jnp.broadcast_to(slice_ids_BN, (B, N)).astype(ids_BNL.dtype)
-    edges_BN4 = jnp.stack([own_BN, ids_BNL[..., 0], ids_BNL[..., -1], inner_BNL[..., -1].astype(own_BN.dtype)], axis=-1)
-    edges_BT4 = gather(edges_BN4)
+    edges = jnp.broadcast_to(slice_ids_BN, (B, N)), ids_BNL[..., 0], ids_BNL[..., -1], inner_BNL[..., -1]
+    edges_BT4 = gather(jnp.stack(edges, axis=-1))
     all_BT = edges_BT4[..., 0]
 
     # In the order of the text: a slice begins a document unless it goes on with the id before it.

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from mmx.bench.parallel.program import communication
-from mmx.bench.parallel.ranks import AXIS, RANKS, forward, gradients, seconds_in_turns, tokens
+from mmx.bench.parallel.ranks import AXIS, RANKS, SHARED_CORES, forward, gradients, seconds_in_turns, tokens
 from mmx.parallel.lasp import lasp, lasp_plus
 from mmx.parallel.sequence_layout import SequenceLayout
 from pallas_kernels.lightning_attention import layer_slopes
@@ -22,6 +22,7 @@ LENGTHS = (2048, 16384)
 def measure(say: Callable[[str], None]) -> list[dict[str, Any]]:
     """Contiguous slices, one document a row, at two lengths: the bytes stay, the serial steps are LASP's alone."""
     slopes = jnp.asarray(layer_slopes(HEADS, 0, 80))
+    say(f"one document, {HEADS} heads of {CHANNELS}, {RANKS} ranks; {SHARED_CORES}")
     results = []
     for length in LENGTHS:
         q, k, v, do = (tokens((1, length, HEADS, CHANNELS), seed) for seed in range(4))
@@ -47,8 +48,8 @@ def measure(say: Callable[[str], None]) -> list[dict[str, Any]]:
         for result in results[-2:]:
             result["seconds"] = seconds[result["name"]]
             say(
-                f"{result['name']:5} {length:>6,} tokens: {result['serial_steps_forward']} steps one after the other "
-                f"forward, {result['serial_steps']} with backward; a rank receives "
-                f"{result['received_bytes'] / 2**20:.2f} MiB; {result['seconds'] * 1e3:,.0f} ms"
+                f"{result['name']:5}  {length:>6,} tokens  {result['serial_steps_forward']} serial steps forward, "
+                f"{result['serial_steps']:>2} with backward; a rank receives "
+                f"{result['received_bytes'] / 1024:,.0f} KiB; {result['seconds'] * 1e3:,.0f} ms"
             )
     return results

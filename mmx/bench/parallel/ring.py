@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from mmx.bench.parallel.packed import mixed_rows
-from mmx.bench.parallel.ranks import AXIS, RANKS, gradients, integers, seconds_in_turns, tokens
+from mmx.bench.parallel.ranks import AXIS, RANKS, SHARED_CORES, gradients, integers, seconds_in_turns, tokens
 from mmx.parallel.ring import ring_attention
 from mmx.parallel.ring_work import block_pairs, busiest_over_mean, steps_over_mean
 from mmx.parallel.sequence_layout import NAMES, SequenceLayout
@@ -25,22 +25,24 @@ RUN_LENGTH, RUN_BLOCK, HEADS, KV_HEADS, CHANNELS = 8192, 128, 4, 2, 64
 def measure(say: Callable[[str], None]) -> list[dict[str, Any]]:
     """Counts on packed rows and on rows of one document, then times on a shorter row."""
     packed = mixed_rows(ROWS, LENGTH, SHORTEST, LONGEST)
-    say(f"pairs of blocks of {BLOCK} over {RANKS} ranks; if ranks met after every step, the second figure would count")
+    say(
+        f"pairs of blocks of {BLOCK} over {RANKS} ranks, rows of {LENGTH:,} tokens, {ROWS} of them with documents of "
+        f"{SHORTEST} to {LONGEST:,} tokens"
+    )
     results = []
     for what, rows in (("one document", np.ones_like(packed[:1])), ("mixed documents", packed)):
         for name in NAMES:
-            results.append(_count(what, rows, SequenceLayout(name)))
+            count = _count(what, rows, SequenceLayout(name))
+            results.append(count)
             say(
-                f"{what}, {name:10}: busiest rank over mean {results[-1]['busiest_over_mean']:.2f} (worst row "
-                f"{results[-1]['busiest_over_mean_worst']:.2f}), with waiting {results[-1]['steps_over_mean']:.2f}; "
-                f"{results[-1]['pairs_share']:.0%} of the pairs of one document"
+                f"{what:15}  {name:10}  busiest rank over mean {count['busiest_over_mean']:.2f}, worst row "
+                f"{count['busiest_over_mean_worst']:.2f}; {count['steps_over_mean']:.2f} if ranks met after each step; "
+                f"{count['pairs_share']:.0%} of the pairs of one document"
             )
     seconds = _seconds(np.ones((1, RUN_LENGTH), np.int32), mixed_rows(1, RUN_LENGTH, 16, RUN_LENGTH // 4))
-    say(
-        f"forward and backward over {RUN_LENGTH:,} tokens; {RANKS} ranks share this machine's cores, so all work counts"
-    )
+    say(f"forward and backward over {RUN_LENGTH:,} tokens; {SHARED_CORES}")
     for (what, name), value in seconds.items():
-        say(f"{what}, {name:10}: {value * 1e3:,.0f} ms")
+        say(f"{what:15}  {name:10}  {value * 1e3:7,.0f} ms")
         results.append({"documents": what, "layout": name, "length": RUN_LENGTH, "seconds": value})
     return results
 

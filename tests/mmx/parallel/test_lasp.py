@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mmx.bench.parallel.program import communication
 from mmx.parallel import lasp as module
-from mmx.parallel.lasp import lasp, lasp_plus
+from mmx.parallel.lasp import ENTERING_STATES, lasp, lasp_plus
 from mmx.parallel.sequence_layout import SequenceLayout
 from pallas_kernels.lightning_attention import lightning_attention
 from tests.mmx.parallel.collectives import collectives
@@ -93,34 +94,75 @@ def test_training_precisions(dtype, tolerance):
     assert_same(got, want, tolerance[1])
 
 
-def collectives_of(form, ranks, layout, length):
-    layout = SequenceLayout(layout)
-    mesh = rank_mesh(ranks)
+def gradients(form, ranks, layout, length):
+    """Of every rank's tokens, and arguments to trace it with."""
+    layout, mesh = SequenceLayout(layout), rank_mesh(ranks)
     slopes = jnp.asarray(SLOPES, jnp.float32)
 
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=(TOKENS,) * 5, out_specs=(TOKENS,) * 3, check_vma=False)
-    def gradients(q, k, v, do, segment_ids):
-        function = lambda q, k, v: FORMS[form](q, k, v, slopes, segment_ids, axis=AXIS, layout=layout)  # noqa: E731
-        return jax.vjp(function, q, k, v)[1](do)
+    def function(q, k, v, do, segment_ids):
+        attend = lambda q, k, v: form(q, k, v, slopes, segment_ids, axis=AXIS, layout=layout)  # noqa: E731
+        return jax.vjp(attend, q, k, v)[1](do)
 
     sharding = jax.NamedSharding(mesh, TOKENS)
     of = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct((B, length, *shape), dtype, sharding=sharding)  # noqa: E731
-    arguments = of(H, K), of(H, K), of(H, V), of(H, V), of(dtype=jnp.int32)
-    return collectives(jax.jit(gradients).lower(*arguments).compile())
+    return function, (of(H, K), of(H, K), of(H, V), of(H, V), of(dtype=jnp.int32))
+
+
+def collectives_of(form, ranks, layout, length):
+    function, arguments = gradients(form, ranks, layout, length)
+    return collectives(jax.jit(function).lower(*arguments).compile())
 
 
 @pytest.mark.parametrize(("layout", "slices"), [("contiguous", 4), ("zigzag", 8)])
 def test_one_gather_of_states_each_way_whatever_the_length(layout, slices):
-    ids, *states = sorted(collectives_of("lasp_plus", 4, layout, 96), key=lambda c: c.dtype, reverse=True)
+    ids, *states = sorted(collectives_of(lasp_plus, 4, layout, 96), key=lambda c: c.dtype, reverse=True)
     # Four integers a slice, and every slice's state, fp32, once forward and once backward.
     assert ids == ("all-gather", "s32", slices * B * 4 * 4)
     assert states == [("all-gather", "f32", slices * B * H * K * V * 4)] * 2
-    assert sorted(collectives_of("lasp_plus", 4, layout, 960)) == sorted([ids, *states])
+    assert sorted(collectives_of(lasp_plus, 4, layout, 960)) == sorted([ids, *states])
 
 
 @pytest.mark.parametrize(("layout", "hops"), [("contiguous", 3), ("zigzag", 6)])
 def test_serial_baseline_hands_one_state_at_a_time(layout, hops):
-    found = collectives_of("lasp", 4, layout, 96)
+    found = collectives_of(lasp, 4, layout, 96)
     handed = [c for c in found if c.kind == "collective-permute"]
     assert handed == [("collective-permute", "f32", B * H * K * V * 4)] * 2 * hops
     assert len(found) - len(handed) == 1, "the documents' edges"
+
+
+@pytest.mark.parametrize(("form", "steps"), [(lasp_plus, 1), (lasp, 7)])
+def test_serial_steps(form, steps):
+    # Forward and backward; LASP's first step also waits for the documents' edges.
+    function, arguments = gradients(form, 8, "contiguous", LENGTH)
+    assert communication(function, 8, *arguments).serial_steps == 2 * steps + (form is lasp)
+
+
+def test_kept_states_spare_the_backward_pass_a_gather():
+    def gathers(policy):
+        def form(*tokens, **where):
+            return jax.checkpoint(functools.partial(lasp_plus, **where), policy=policy)(*tokens)
+
+        function, arguments = gradients(form, 4, "contiguous", LENGTH)
+        found = communication(function, 4, *arguments).collectives
+        return sum(c.dtype == "float32" for c in found)
+
+    assert gathers(jax.checkpoint_policies.nothing_saveable) == 3
+    assert gathers(jax.checkpoint_policies.save_only_these_names(ENTERING_STATES)) == 2
+
+
+def test_mistakes_are_named():
+    q = jnp.zeros((1, LENGTH, H, K))
+
+    def call(form, name, segment_ids=None, **slices):
+        local = lambda q: form(q, q, q, jnp.ones(H), segment_ids, axis=AXIS, layout=SequenceLayout(name), **slices)  # noqa: E731
+        mesh = rank_mesh(2)
+        island = jax.shard_map(local, mesh=mesh, in_specs=TOKENS, out_specs=TOKENS, check_vma=False)
+        return jax.eval_shape(island, jax.device_put(q, jax.NamedSharding(mesh, TOKENS)))
+
+    with pytest.raises(ValueError, match="the balanced layout needs slice_ids_BN"):
+        call(lasp_plus, "balanced")
+    with pytest.raises(ValueError, match="the zigzag layout takes no slice_ids_BN"):
+        call(lasp_plus, "zigzag", slice_ids_BN=jnp.zeros((1, 2), jnp.int32))
+    with pytest.raises(ValueError, match="not in the balanced layout"):
+        call(lasp, "balanced")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mmx.bench.parallel.program import communication
-from mmx.parallel.ring import ring_attention
+from mmx.parallel.ring import RING_RESIDUALS, ring_attention
 from mmx.parallel.sequence_layout import SequenceLayout
 from pallas_kernels.softmax_attention import softmax_attention
 from tests.mmx.parallel.collectives import collectives
@@ -97,14 +97,14 @@ def test_excluded_blocks_are_not_computed(layout):
         assert np.isfinite(x[~poisoned]).all(), name
 
 
-def gradients(ranks, layout, length, dtype=jnp.float32, heads=(H, G)):
+def gradients(ranks, layout, length, dtype=jnp.float32, heads=(H, G), form=ring_attention):
     """Of every rank's tokens, and arguments to trace it with."""
     layout = SequenceLayout(layout)
     mesh = rank_mesh(ranks)
 
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=(TOKENS,) * 5, out_specs=(TOKENS,) * 3, check_vma=False)
     def function(q, k, v, do, segment_ids):
-        attend = lambda q, k, v: ring_attention(q, k, v, segment_ids, axis=AXIS, layout=layout)  # noqa: E731
+        attend = lambda q, k, v: form(q, k, v, segment_ids, axis=AXIS, layout=layout)  # noqa: E731
         return jax.vjp(attend, q, k, v)[1](do)
 
     sharding = jax.NamedSharding(mesh, TOKENS)
@@ -135,6 +135,20 @@ def test_the_compiled_program_adds_no_collective():
     # With two ranks nothing is left in the loops. Both passes send keys, values and numbers, once in this program.
     assert [c.kind for c in compiled if c.kind != "collective-permute"] == ["all-gather"]
     assert len(compiled) == 1 + 3 + 2 * 2
+
+
+def test_kept_residuals_spare_the_backward_pass_a_ring():
+    def sent(policy):
+        def form(*tokens, **where):
+            return jax.checkpoint(functools.partial(ring_attention, **where), policy=policy)(*tokens)
+
+        function, arguments = gradients(4, "zigzag", LENGTH, jnp.bfloat16, form=form)
+        found = communication(function, 4, *arguments).collectives
+        return sum(c.times for c in found if (c.kind, c.dtype) == ("ppermute", "bfloat16"))
+
+    # Keys and values, three steps.
+    assert sent(jax.checkpoint_policies.nothing_saveable) == 3 * 2 * 3
+    assert sent(jax.checkpoint_policies.save_only_these_names(RING_RESIDUALS)) == 2 * 2 * 3
 
 
 def test_no_score_matrix():

@@ -1,4 +1,4 @@
-"""The training step: objective, accumulation, AdamW, skipping; and the same numbers on meshes of 1, 2 and 4 devices."""
+"""The training step: objective, accumulation, AdamW, skipping; and micro-batches and evaluation on a mesh."""
 
 import contextlib
 import functools
@@ -119,9 +119,9 @@ def test_non_finite_step_changes_nothing_and_is_counted():
     assert any((a != b).any() for a, b in zip(jax.tree.leaves(later), jax.tree.leaves(after), strict=True))
 
 
-def run_on_mesh(sizes: MeshConfig | None, remat: str = "none"):
+def run_on_mesh(sizes: MeshConfig | None):
     """Two steps and an evaluation on a mesh; None is a single device without one."""
-    config = tiny(remat=remat)
+    config = TINY
     with contextlib.ExitStack() as stack:
         if sizes is not None:
             stack.enter_context(jax.set_mesh(build_mesh(sizes, jax.devices()[: sizes.replica * sizes.fsdp])))
@@ -150,19 +150,11 @@ def single_device():
     return run_on_mesh(None)
 
 
-@pytest.mark.parametrize(
-    ("sizes", "remat"),
-    [
-        (MeshConfig(fsdp=2), "full"),
-        (MeshConfig(replica=2, fsdp=2), "none"),
-        pytest.param(MeshConfig(replica=2), "none", marks=pytest.mark.slow),
-        pytest.param(MeshConfig(fsdp=4), "none", marks=pytest.mark.slow),
-    ],
-    ids=str,
-)
-def test_same_numbers_on_a_mesh(single_device, sizes, remat):
+def test_accumulation_and_evaluation_on_a_mesh(single_device):
+    # tests/mmx/parallel/test_meshes.py has the other axes.
+    sizes = MeshConfig(replica=2, fsdp=2)
     want_losses, want_heldout, want_load, _ = single_device
-    losses, heldout, load, split = run_on_mesh(sizes, remat)
+    losses, heldout, load, split = run_on_mesh(sizes)
     np.testing.assert_allclose(losses, want_losses, rtol=2e-4)
     np.testing.assert_allclose(heldout, want_heldout, rtol=2e-4)
     np.testing.assert_allclose(load, want_load, atol=0.05)  # A near tie may route one token of 50 elsewhere.
