@@ -52,9 +52,10 @@ def test_commands_run_as_written(tmp_path):
         assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
         return result.stdout
 
-    for command in blocks("bash")[1].splitlines():
-        assert command.startswith("python -m launch.")
-        run(["bash", "-c", command])
+    for block in blocks("bash")[1:]:
+        for command in block.replace("\\\n", "").splitlines():
+            assert command.startswith("python -m launch.")
+            run(["bash", "-c", command])
     [code] = blocks("python")
     assert "import jax" in run(["python", "-c", code])
     assert (tmp_path / "runs" / "mine" / "report.png").exists()
