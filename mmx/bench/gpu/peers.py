@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mmx.bench.gpu.attention import CHANNELS, HEADS, LENGTHS, failed, slopes, time_both
+from mmx.bench.gpu.attention import BACKWARD, CHANNELS, FORWARD, SHAPES, failed, result, slopes
+from mmx.bench.gpu.clock import seconds_a_call
 
 if TYPE_CHECKING:
     from mmx.bench.gpu.sections import Sink
@@ -26,27 +27,28 @@ def measure_fla(sink: Sink) -> None:
         sink.result(f"FLA is not installed: {error}", failed="not installed")
         return
     name = f"FLA {version('fla-core')} chunk_simple_gla"
-    decay_H = -torch.tensor(np.asarray(slopes(), np.float32), device="cuda")
-    for length in LENGTHS:
-        try:
-            shape = (1, length, HEADS, CHANNELS)
-            q, k, v, do = (torch.randn(shape, dtype=torch.bfloat16, device="cuda") for _ in range(4))
-            for x in (q, k, v):
-                x.requires_grad_()
+    for length, heads in SHAPES:
+        decay_H = -torch.tensor(np.asarray(slopes(heads), np.float32), device="cuda")
 
-            def forward(q=q, k=k, v=v):
-                with torch.no_grad():
-                    return chunk_simple_gla(q, k, v, g_gamma=decay_H, scale=1.0)[0]
+        def attend(q, k, v, decay_H=decay_H):
+            return chunk_simple_gla(q, k, v, g_gamma=decay_H, scale=1.0)[0]
 
-            def both(q=q, k=k, v=v, do=do):
-                o = chunk_simple_gla(q, k, v, g_gamma=decay_H, scale=1.0)[0]
-                return torch.autograd.grad(o, (q, k, v), do)
+        def gradients(q, k, v, do, attend=attend):
+            o = attend(*(x.requires_grad_() for x in (q, k, v)))
+            return torch.autograd.grad(o, (q, k, v), do)
 
-            time_both(sink, name, length, forward, both, wait=lambda _: torch.cuda.synchronize())
-        except Exception as error:
-            failed(sink, name, length, error)
-        q = k = v = do = forward = both = None
-        torch.cuda.empty_cache()
+        for direction, function, operands in ((FORWARD, torch.no_grad()(attend), 3), (BACKWARD, gradients, 4)):
+            try:
+                shape = (1, length, heads, CHANNELS)
+                arguments = [torch.randn(shape, dtype=torch.bfloat16, device="cuda") for _ in range(operands)]
+                call = lambda: function(*arguments)  # noqa: B023, E731
+                seconds = seconds_a_call(call, wait=lambda _: torch.cuda.synchronize())
+            except Exception as error:
+                failed(sink, name, direction, length, heads, error)
+            else:
+                result(sink, name, direction, length, heads, seconds)
+            arguments = None
+            torch.cuda.empty_cache()
 
 
 def measure_jla(sink: Sink) -> None:
@@ -63,11 +65,10 @@ def measure_jla(sink: Sink) -> None:
         sink.result(f"jax-linear-attention is not installed: {error}", failed="not installed")
         return
     name = f"jax-linear-attention {version('jax-linear-attention')} simple_gla"
-    decay_H = -jnp.asarray(slopes(), jnp.float32)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, g_BSH: jax.Array) -> jax.Array:
         return linear_attention("simple_gla", q, k, v, g=g_BSH, scale=1.0, impl="mosaic_gpu")[0]
 
-    for length in LENGTHS:
-        # An argument: XLA would spend minutes on folding what can be computed from a constant.
-        time_jax(sink, name, attend, length, (jnp.broadcast_to(decay_H, (1, length, HEADS)),))
+    for length, heads in SHAPES:
+        decay_BSH = jnp.broadcast_to(-jnp.asarray(slopes(heads), jnp.float32), (1, length, heads))
+        time_jax(sink, name, attend, length, heads, (decay_BSH,))
