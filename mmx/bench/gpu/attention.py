@@ -6,7 +6,6 @@ Shapes: S tokens, H heads, K channels.
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmx.bench.gpu.clock import seconds_a_call
+from mmx.bench.gpu.clock import compile_if_it_fits, seconds_a_call
+from mmx.bench.gpu.profile import report_operations, slowest_operations
 from pallas_kernels.lightning_attention import layer_slopes, lightning_attention
 from pallas_kernels.softmax_attention import softmax_attention
 
@@ -31,6 +31,7 @@ SOFTMAX_BLOCKED_SHAPES = SHAPES[:2]
 # Softmax attention's time grows with the square of S: no call is begun that the one before says takes longer than this.
 MOST_SECONDS = 60.0
 FORWARD, BACKWARD = "forward", "forward and backward"
+_PROFILED = (32768, 64)
 # Tokens that are drawn; longer operands repeat them, because drawing needs several times the memory of what is drawn.
 _DRAWN = 32768
 
@@ -46,6 +47,7 @@ def measure(sink: Sink) -> None:
         slopes_H = jnp.asarray(slopes(heads))
         lightning = functools.partial(lightning_attention, slopes_H=slopes_H, implementation="blocked")
         time_jax(sink, "mmx lightning, blocked", lambda *qkv, run=lightning: run(*qkv)[0], length, heads)
+    _say_where_time_goes(sink, *_PROFILED)
     for implementation, shapes in (("cudnn", SOFTMAX_SHAPES), ("blocked", SOFTMAX_BLOCKED_SHAPES)):
         attend = functools.partial(softmax_attention, implementation=implementation)
         before: dict[str, float] = {}
@@ -53,6 +55,22 @@ def measure(sink: Sink) -> None:
             growth = (length / shapes[index - 1][0]) ** 2
             expected = {direction: seconds * growth for direction, seconds in before.items()}
             before = time_jax(sink, f"mmx softmax, {implementation}", attend, length, heads, expected=expected)
+
+
+def _say_where_time_goes(sink: Sink, length: int, heads: int) -> None:
+    """Profiles our lightning attention, forward and backward."""
+    slopes_H = jnp.asarray(slopes(heads))
+
+    @jax.jit
+    def gradients(q, k, v, do):
+        o, back = jax.vjp(lambda *qkv: lightning_attention(*qkv, slopes_H, implementation="blocked")[0], q, k, v)
+        return o, back(do)
+
+    arguments = _draw(4, length, heads)
+    jax.block_until_ready(gradients(*arguments))
+    slowest, total = slowest_operations(lambda: jax.block_until_ready(gradients(*arguments)))
+    sink.say(f"where {total * 1e3:,.1f} ms of lightning attention, {BACKWARD}, {length:,} tokens, go:")
+    report_operations(sink, slowest, total)
 
 
 def time_jax(
@@ -85,11 +103,10 @@ def time_jax(
             _failed(sink, name, direction, length, heads, reason)
             continue
         try:
+            shapes = [jax.ShapeDtypeStruct((1, length, heads, CHANNELS), jnp.bfloat16)] * operands
+            compiled, compile_seconds = compile_if_it_fits(function, *shapes, *constants)
             # Not kept from one direction to the next: at 1M tokens the forward pass has no room for the cotangent.
             arguments = (*_draw(operands, length, heads), *constants)
-            started = time.perf_counter()
-            compiled = jax.jit(function).lower(*arguments).compile()
-            compile_seconds = time.perf_counter() - started
             seconds = seconds_a_call(lambda: compiled(*arguments), jax.block_until_ready, compiled=True)  # noqa: B023
         except Exception as error:
             failed(sink, name, direction, length, heads, error)
@@ -146,6 +163,8 @@ def _failed(sink: Sink, name: str, direction: str, length: int, heads: int, reas
 
 def describe(error: Exception) -> str:
     """An error in a line."""
+    if isinstance(error, MemoryError):
+        return str(error)
     if "out of memory" in str(error).lower() or "RESOURCE_EXHAUSTED" in str(error):
         return "out of memory"
     lines = str(error).strip().splitlines() or [""]

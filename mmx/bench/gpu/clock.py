@@ -1,4 +1,4 @@
-"""Timing of asynchronous device work."""
+"""Time and memory of asynchronous device work."""
 
 from __future__ import annotations
 
@@ -7,10 +7,37 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 # Enough that starting a call costs nothing beside it, and few enough for slow ones.
 _BATCH_SECONDS, _REPEATS, _MOST_CALLS = 0.05, 5, 100
 # A call this long is timed once: it varies by less than the chip's clock does.
 _LONG_SECONDS = 2.0
+
+
+def compile_if_it_fits(function: Callable[..., Any], *arguments: Any, **options: Any) -> tuple[Any, float]:
+    """Compiles ``function`` under ``jax.jit(..., **options)`` for arguments, or their shapes.
+
+    Returns:
+      The compiled function, and the seconds that compiling it took.
+
+    Raises:
+      MemoryError: if arguments, results and temporaries are more than the device's memory; trying would take long.
+    """
+    started = time.perf_counter()
+    compiled = jax.jit(function, **options).lower(*arguments).compile()
+    seconds = time.perf_counter() - started
+    needed = bytes_needed(compiled)
+    available = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", needed)
+    if needed > available:
+        raise MemoryError(f"out of memory, {needed / 2**30:.1f} GiB of {available / 2**30:.1f}")
+    return compiled, seconds
+
+
+def bytes_needed(compiled: Any) -> int:
+    """Device memory of a compiled function's arguments, results and temporaries."""
+    use = compiled.memory_analysis()
+    return use.argument_size_in_bytes + use.output_size_in_bytes + use.temp_size_in_bytes - use.alias_size_in_bytes
 
 
 def seconds_a_call(call: Callable[[], Any], wait: Callable[[Any], Any], compiled: bool = False) -> float:

@@ -6,8 +6,13 @@ and scale 1 is the same operation. jax-linear-attention wants a decay for every 
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,38 +22,90 @@ from mmx.bench.gpu.clock import seconds_a_call
 if TYPE_CHECKING:
     from mmx.bench.gpu.sections import Sink
 
+_COMPILERS = 8
+
+
+def compile_fla(sink: Sink) -> None:
+    """Fills Triton's cache on the disk; ``measure_fla`` tunes again, with the chip to itself.
+
+    Triton compiles one candidate after the other, for minutes: here each of several processes takes its share.
+    """
+    if not _fla_is_there(sink):
+        return
+    started = time.perf_counter()
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_compile_share, args=(share,), daemon=True) for share in range(_COMPILERS)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    seconds = time.perf_counter() - started
+    sink.result(f"FLA's kernels compiled in {seconds:.0f} s by {_COMPILERS} processes", seconds=seconds)
+
+
+def _compile_share(share: int) -> None:
+    from triton.runtime.autotuner import Autotuner
+
+    candidates = Autotuner.prune_configs
+    Autotuner.prune_configs = lambda *arguments: (found := candidates(*arguments))[share::_COMPILERS] or found[:1]
+    for heads in sorted({heads for _, heads in SHAPES}):
+        for direction in (FORWARD, BACKWARD):
+            with contextlib.suppress(Exception):  # A share may hold no candidate that runs.
+                _fla_call(direction, min(SHAPES)[0], heads)()
+
 
 def measure_fla(sink: Sink) -> None:
     """FLA's chunked kernels in PyTorch."""
-    try:
-        import torch
-        from fla.ops.simple_gla import chunk_simple_gla
-    except ImportError as error:
-        sink.result(f"FLA is not installed: {error}", failed="not installed")
+    if not _fla_is_there(sink):
         return
+    import torch
+
     name = f"FLA {version('fla-core')} chunk_simple_gla"
     for length, heads in SHAPES:
-        decay_H = -torch.tensor(np.asarray(slopes(heads), np.float32), device="cuda")
-
-        def attend(q, k, v, decay_H=decay_H):
-            return chunk_simple_gla(q, k, v, g_gamma=decay_H, scale=1.0)[0]
-
-        def gradients(q, k, v, do, attend=attend):
-            o = attend(*(x.requires_grad_() for x in (q, k, v)))
-            return torch.autograd.grad(o, (q, k, v), do)
-
-        for direction, function, operands in ((FORWARD, torch.no_grad()(attend), 3), (BACKWARD, gradients, 4)):
+        for direction in (FORWARD, BACKWARD):
             try:
-                shape = (1, length, heads, CHANNELS)
-                arguments = [torch.randn(shape, dtype=torch.bfloat16, device="cuda") for _ in range(operands)]
-                call = lambda: function(*arguments)  # noqa: B023, E731
+                call = _fla_call(direction, length, heads)
                 seconds = seconds_a_call(call, wait=lambda _: torch.cuda.synchronize())
             except Exception as error:
                 failed(sink, name, direction, length, heads, error)
             else:
                 result(sink, name, direction, length, heads, seconds)
-            arguments = None
+            call = None
             torch.cuda.empty_cache()
+
+
+def _fla_is_there(sink: Sink) -> bool:
+    # FLA would take over what was tuned while other sections were running.
+    os.environ["FLA_CACHE_RESULTS"] = "0"
+    try:
+        import fla.ops.simple_gla  # noqa: F401
+    except ImportError as error:
+        sink.result(f"FLA is not installed: {error}", failed="not installed")
+        return False
+    return True
+
+
+def _fla_call(direction: str, length: int, heads: int) -> Callable[[], Any]:
+    """Draws operands, and returns what works on them."""
+    import torch
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    decay_H = -torch.tensor(np.asarray(slopes(heads), np.float32), device="cuda")
+    shape = (1, length, heads, CHANNELS)
+    arrays = 3 if direction == FORWARD else 4
+    q, k, v, *cotangent = (torch.randn(shape, dtype=torch.bfloat16, device="cuda") for _ in range(arrays))
+
+    def forward() -> Any:
+        return chunk_simple_gla(q, k, v, g_gamma=decay_H, scale=1.0)[0]
+
+    def both() -> Any:
+        return torch.autograd.grad(forward(), (q, k, v), *cotangent)
+
+    if direction == FORWARD:
+        return torch.no_grad()(forward)
+    for x in (q, k, v):
+        x.requires_grad_()
+    return both
 
 
 def measure_jla(sink: Sink) -> None:

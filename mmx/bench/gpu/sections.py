@@ -1,11 +1,13 @@
 """The sections of a GPU report, one after the other, each in a fresh process so that the memory is all its own.
 
-What a section needs from the host's CPU is computed beside the sections before it, on cores that those leave alone.
+Sections that take no times run together. What a section needs from the host's CPU is computed beside the sections
+before it, on cores that those leave alone.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -23,24 +25,24 @@ class Section(NamedTuple):
 
     on_gpu: str
     on_cpu: str | None = None  # first, beside the sections before; its files in ``Sink.folder`` are the other's input
+    shares_gpu: bool = False  # takes no times, so that neighbours which take none either may run beside it
 
 
 _PACKAGE = "mmx.bench.gpu"
-# Those that compare with the CPU come late, so that the CPU's part is done by then.
+# Those that compare with the CPU come late: the CPU's part is done by then, and before compile times are taken.
 SECTIONS = {
     "rates": Section(f"{_PACKAGE}.rates:measure"),
     "attention": Section(f"{_PACKAGE}.attention:measure"),
-    "attention_fla": Section(f"{_PACKAGE}.peers:measure_fla"),
     "attention_jla": Section(f"{_PACKAGE}.peers:measure_jla"),
     "experts": Section(f"{_PACKAGE}.experts:measure"),
-    "cudnn": Section(f"{_PACKAGE}.correctness:compare_cudnn"),
-    "correctness": Section(f"{_PACKAGE}.correctness:compare", f"{_PACKAGE}.correctness:compute_on_cpu"),
-    "quickstart": Section(f"{_PACKAGE}.quickstart:compare", f"{_PACKAGE}.quickstart:train_on_cpu"),
-    "train_8k": Section(f"{_PACKAGE}.training:one_row_of_8k"),
-    "train_4x8k": Section(f"{_PACKAGE}.training:four_rows_of_8k"),
-    "train_64k": Section(f"{_PACKAGE}.training:one_row_of_64k"),
+    "train": Section(f"{_PACKAGE}.training:measure"),
+    "cudnn": Section(f"{_PACKAGE}.correctness:compare_cudnn", shares_gpu=True),
+    "correctness": Section(f"{_PACKAGE}.correctness:compare", f"{_PACKAGE}.correctness:compute_on_cpu", True),
+    "quickstart": Section(f"{_PACKAGE}.quickstart:compare", f"{_PACKAGE}.quickstart:train_on_cpu", True),
+    "compile_fla": Section(f"{_PACKAGE}.peers:compile_fla", shares_gpu=True),
+    "attention_fla": Section(f"{_PACKAGE}.peers:measure_fla"),
 }
-# Cores that the CPU's part leaves to the sections on the GPU, where there are as many again.
+# Cores that are left to the sections on the GPU, where there are as many again.
 _GPU_CORES = 4
 
 
@@ -59,17 +61,23 @@ def report(names: Sequence[str], seconds: float, say: Callable[[str], None], out
     results: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
         folders = {name: Path(stack.enter_context(tempfile.TemporaryDirectory())) for name in names}
+        compared = [name for name in names if SECTIONS[name].on_cpu]
         on_cpu = {
-            name: stack.enter_context(_process(SECTIONS[name].on_cpu, folders[name], cpu_only=True))
-            for name in names
-            if SECTIONS[name].on_cpu
+            name: stack.enter_context(_process(SECTIONS[name].on_cpu, folders[name], cores=cores))
+            for name, cores in zip(compared, _share_cores(len(compared)), strict=True)
         }
-        for name in names:
-            say(f"== {name}")
+        for stage in _stages(names):
+            say(f"== {', '.join(stage)}")
             started = time.monotonic()
-            results[name] = _collect(on_cpu[name], seconds, say) if name in on_cpu else []
-            if not any("failed" in result for result in results[name]):
-                with _process(SECTIONS[name].on_gpu, folders[name], cpu_only=False) as pipe:
+            for name in stage:
+                results[name] = _collect(on_cpu[name], seconds, say) if name in on_cpu else []
+            with contextlib.ExitStack() as running:
+                pipes = {
+                    name: running.enter_context(_process(SECTIONS[name].on_gpu, folders[name], share=len(stage) > 1))
+                    for name in stage
+                    if not any("failed" in result for result in results[name])
+                }
+                for name, pipe in pipes.items():
                     results[name] += _collect(pipe, seconds, say)
             say(f"   ({time.monotonic() - started:.0f} s)")
             if output is not None:
@@ -77,12 +85,31 @@ def report(names: Sequence[str], seconds: float, say: Callable[[str], None], out
     return results
 
 
+def _stages(names: Sequence[str]) -> list[list[str]]:
+    """Sections that run together."""
+    groups = itertools.groupby(names, lambda name: None if SECTIONS[name].shares_gpu else name)
+    return [list(group) for _, group in groups]
+
+
+def _share_cores(shares: int) -> list[list[int]]:
+    """Disjoint cores for each share, where there are enough for all."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < _GPU_CORES + shares or len(cores) < 2 * _GPU_CORES:
+        return [cores] * shares
+    return [cores[_GPU_CORES + share :: shares] for share in range(shares)]
+
+
 @contextlib.contextmanager
-def _process(target: str, folder: Path, cpu_only: bool) -> Iterator[Connection]:
-    """Runs ``target`` in a process; it is ended when the context is left."""
+def _process(target: str, folder: Path, *, cores: Sequence[int] = (), share: bool = False) -> Iterator[Connection]:
+    """Runs ``target`` in a process, which is ended when the context is left.
+
+    Args:
+      cores: without the GPU on these; empty for all of the machine.
+      share: leave GPU memory to others.
+    """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_serve, args=(target, folder, cpu_only, theirs), daemon=True)
+    process = context.Process(target=_serve, args=(target, folder, cores, share, theirs))
     process.start()
     theirs.close()
     try:
@@ -116,12 +143,12 @@ def _collect(pipe: Connection, seconds: float, say: Callable[[str], None]) -> li
         return fail("the process ended; its message is above")
 
 
-def _serve(target: str, folder: Path, cpu_only: bool, pipe: Connection) -> None:
-    if cpu_only:
+def _serve(target: str, folder: Path, cores: Sequence[int], share: bool, pipe: Connection) -> None:
+    if cores:
         os.environ["JAX_PLATFORMS"] = "cpu"
-        cores = sorted(os.sched_getaffinity(0))
-        if len(cores) >= 2 * _GPU_CORES:
-            os.sched_setaffinity(0, cores[_GPU_CORES:])
+        os.sched_setaffinity(0, cores)
+    if share:
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     module, function = target.split(":")
     getattr(import_module(module), function)(Sink(pipe, folder))
     pipe.send(("done", None))

@@ -3,10 +3,11 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 
-from mmx.bench.gpu import attention, clock, correctness, experts, quickstart, sections
+from mmx.bench.gpu import attention, clock, correctness, experts, quickstart, sections, training
 from mmx.config import HYBRID_PERIOD
 from tests.tiny import TINY
 
@@ -27,6 +28,7 @@ class Collect:
 
 def test_attention(monkeypatch):
     monkeypatch.setattr(attention, "SHAPES", ((32, 2), (64, 1)))
+    monkeypatch.setattr(attention, "_PROFILED", (32, 2))
     monkeypatch.setattr(attention, "SOFTMAX_SHAPES", ((32, 2),))
     monkeypatch.setattr(attention, "SOFTMAX_BLOCKED_SHAPES", ((32, 2),))
     sink = Collect()
@@ -46,6 +48,7 @@ def test_attention_that_would_take_too_long_is_not_begun(monkeypatch):
     monkeypatch.setattr(attention, "SOFTMAX_SHAPES", ())
     monkeypatch.setattr(attention, "SOFTMAX_BLOCKED_SHAPES", ((32, 2), (64, 2), (128, 2)))
     monkeypatch.setattr(attention, "SHAPES", ())
+    monkeypatch.setattr(attention, "_PROFILED", (32, 2))
     monkeypatch.setattr(attention, "MOST_SECONDS", 10.0)
     # The second length is expected to take 4 times as long as the first, which is allowed, the third 4 times that.
     seconds = iter([1.0, 2.4, 4.0, 9.0])
@@ -96,6 +99,27 @@ def test_experts(monkeypatch):
     assert all(r["flops_per_second"] > 0 for r in sink.results)
 
 
+def test_training(monkeypatch):
+    run = training.get_config()
+    run.model = dataclasses.replace(TINY, layer_pattern=HYBRID_PERIOD[-2:], num_layers=2)
+    monkeypatch.setattr(training, "get_config", lambda: run)
+    monkeypatch.setattr(training, "BATCHES", ((2, 16), (1, 48)))
+    sink = Collect()
+    training.measure(sink)
+    assert [(r["rows"], r["length"]) for r in sink.results] == [(2, 16), (1, 48)]
+    assert all(r["seconds"] > 0 and r["peak_bytes"] > 0 and np.isfinite(r["loss"]) for r in sink.results)
+
+
+def test_what_does_not_fit_is_not_run(monkeypatch):
+    class Small:
+        def memory_stats(self):
+            return {"bytes_limit": 2**20}
+
+    monkeypatch.setattr(clock.jax, "local_devices", lambda: [Small()])
+    with pytest.raises(MemoryError, match="out of memory"):
+        clock.compile_if_it_fits(lambda x: x + 1, jax.ShapeDtypeStruct((2**25,), np.float32))
+
+
 def test_correctness_finds_agreement_and_difference(monkeypatch, tmp_path):
     small = dataclasses.replace(TINY, layer_pattern=HYBRID_PERIOD[-2:], num_layers=2)
     monkeypatch.setattr(correctness, "MODEL", small)
@@ -117,7 +141,8 @@ def test_a_section_that_fails_or_hangs_stops_no_other(monkeypatch, tmp_path):
         "fails": sections.Section(here["fails"]),
         "hangs": sections.Section(here["hangs"]),
         "works": sections.Section(here["works"]),
-        "compares": sections.Section(here["reads"], here["writes"]),
+        "compares": sections.Section(here["reads"], here["writes"], shares_gpu=True),
+        "shares too": sections.Section(here["works"], shares_gpu=True),
         "has nothing to compare with": sections.Section(here["reads"], here["fails"]),
     }
     monkeypatch.setattr(sections, "SECTIONS", chosen)
@@ -125,7 +150,8 @@ def test_a_section_that_fails_or_hangs_stops_no_other(monkeypatch, tmp_path):
     sections.report(list(chosen), 8, lines.append, tmp_path / "out.json")
     results = json.loads((tmp_path / "out.json").read_text())
     failure = [{"value": 1}, {"failed": "the process ended; its message is above"}]
-    assert results["works"] == [{"value": 2}]
+    assert results["works"] == results["shares too"] == [{"value": 2}]
+    assert "== compares, shares too" in lines
     assert results["fails"] == results["has nothing to compare with"] == failure
     assert results["hangs"] == [{"failed": "not done after 8 s"}]
     assert results["compares"] == [{"written": True}, {"note": "cpu"}]
