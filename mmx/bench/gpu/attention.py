@@ -54,7 +54,8 @@ def measure(sink: Sink) -> None:
         for index, (length, heads) in enumerate(shapes):
             growth = (length / shapes[index - 1][0]) ** 2
             expected = {direction: seconds * growth for direction, seconds in before.items()}
-            before = time_jax(sink, f"mmx softmax, {implementation}", attend, length, heads, expected=expected)
+            name = f"mmx softmax, {implementation}"
+            before = expected | time_jax(sink, name, attend, length, heads, expected=expected)
 
 
 def _say_where_time_goes(sink: Sink, length: int, heads: int) -> None:

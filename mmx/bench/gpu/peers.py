@@ -6,10 +6,6 @@ and scale 1 is the same operation. jax-linear-attention wants a decay for every 
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
-import os
-import time
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -22,44 +18,15 @@ from mmx.bench.gpu.clock import seconds_a_call
 if TYPE_CHECKING:
     from mmx.bench.gpu.sections import Sink
 
-_COMPILERS = 8
-
-
-def compile_fla(sink: Sink) -> None:
-    """Fills Triton's cache on the disk; ``measure_fla`` tunes again, with the chip to itself.
-
-    Triton compiles one candidate after the other, for minutes: here each of several processes takes its share.
-    """
-    if not _fla_is_there(sink):
-        return
-    started = time.perf_counter()
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_compile_share, args=(share,), daemon=True) for share in range(_COMPILERS)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    seconds = time.perf_counter() - started
-    sink.result(f"FLA's kernels compiled in {seconds:.0f} s by {_COMPILERS} processes", seconds=seconds)
-
-
-def _compile_share(share: int) -> None:
-    from triton.runtime.autotuner import Autotuner
-
-    candidates = Autotuner.prune_configs
-    Autotuner.prune_configs = lambda *arguments: (found := candidates(*arguments))[share::_COMPILERS] or found[:1]
-    for heads in sorted({heads for _, heads in SHAPES}):
-        for direction in (FORWARD, BACKWARD):
-            with contextlib.suppress(Exception):  # A share may hold no candidate that runs.
-                _fla_call(direction, min(SHAPES)[0], heads)()
-
 
 def measure_fla(sink: Sink) -> None:
-    """FLA's chunked kernels in PyTorch."""
-    if not _fla_is_there(sink):
+    """FLA's chunked kernels in PyTorch. Triton compiles and tries about 160 forms of them first: four minutes."""
+    try:
+        import torch
+        from fla.ops.simple_gla import chunk_simple_gla  # noqa: F401
+    except ImportError as error:
+        sink.result(f"FLA is not installed: {error}", failed="not installed")
         return
-    import torch
-
     name = f"FLA {version('fla-core')} chunk_simple_gla"
     for length, heads in SHAPES:
         for direction in (FORWARD, BACKWARD):
@@ -72,17 +39,6 @@ def measure_fla(sink: Sink) -> None:
                 result(sink, name, direction, length, heads, seconds)
             call = None
             torch.cuda.empty_cache()
-
-
-def _fla_is_there(sink: Sink) -> bool:
-    # FLA would take over what was tuned while other sections were running.
-    os.environ["FLA_CACHE_RESULTS"] = "0"
-    try:
-        import fla.ops.simple_gla  # noqa: F401
-    except ImportError as error:
-        sink.result(f"FLA is not installed: {error}", failed="not installed")
-        return False
-    return True
 
 
 def _fla_call(direction: str, length: int, heads: int) -> Callable[[], Any]:

@@ -29,7 +29,7 @@ class Section(NamedTuple):
 
 
 _PACKAGE = "mmx.bench.gpu"
-# Those that compare with the CPU come late: the CPU's part is done by then, and before compile times are taken.
+# Those that compare with the CPU come late: the CPU's part is done by then. FLA, which tunes for minutes, comes last.
 SECTIONS = {
     "rates": Section(f"{_PACKAGE}.rates:measure"),
     "attention": Section(f"{_PACKAGE}.attention:measure"),
@@ -39,7 +39,6 @@ SECTIONS = {
     "cudnn": Section(f"{_PACKAGE}.correctness:compare_cudnn", shares_gpu=True),
     "correctness": Section(f"{_PACKAGE}.correctness:compare", f"{_PACKAGE}.correctness:compute_on_cpu", True),
     "quickstart": Section(f"{_PACKAGE}.quickstart:compare", f"{_PACKAGE}.quickstart:train_on_cpu", True),
-    "compile_fla": Section(f"{_PACKAGE}.peers:compile_fla", shares_gpu=True),
     "attention_fla": Section(f"{_PACKAGE}.peers:measure_fla"),
 }
 # Cores that are left to the sections on the GPU, where there are as many again.
@@ -68,7 +67,6 @@ def report(names: Sequence[str], seconds: float, say: Callable[[str], None], out
         }
         for stage in _stages(names):
             say(f"== {', '.join(stage)}")
-            started = time.monotonic()
             for name in stage:
                 results[name] = _collect(on_cpu[name], seconds, say) if name in on_cpu else []
             with contextlib.ExitStack() as running:
@@ -79,7 +77,6 @@ def report(names: Sequence[str], seconds: float, say: Callable[[str], None], out
                 }
                 for name, pipe in pipes.items():
                     results[name] += _collect(pipe, seconds, say)
-            say(f"   ({time.monotonic() - started:.0f} s)")
             if output is not None:
                 output.write_text(json.dumps(results, indent=2) + "\n")
     return results
@@ -109,7 +106,7 @@ def _process(target: str, folder: Path, *, cores: Sequence[int] = (), share: boo
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_serve, args=(target, folder, cores, share, theirs))
+    process = context.Process(target=_serve, args=(target, folder, cores, share, theirs), daemon=True)
     process.start()
     theirs.close()
     try:
@@ -150,7 +147,9 @@ def _serve(target: str, folder: Path, cores: Sequence[int], share: bool, pipe: C
     if share:
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     module, function = target.split(":")
-    getattr(import_module(module), function)(Sink(pipe, folder))
+    sink, started = Sink(pipe, folder), time.monotonic()
+    getattr(import_module(module), function)(sink)
+    sink.say(f"({target.removeprefix(_PACKAGE + '.')} took {time.monotonic() - started:.0f} s)")
     pipe.send(("done", None))
 
 

@@ -46,7 +46,7 @@ def test_attention(monkeypatch):
 
 def test_attention_that_would_take_too_long_is_not_begun(monkeypatch):
     monkeypatch.setattr(attention, "SOFTMAX_SHAPES", ())
-    monkeypatch.setattr(attention, "SOFTMAX_BLOCKED_SHAPES", ((32, 2), (64, 2), (128, 2)))
+    monkeypatch.setattr(attention, "SOFTMAX_BLOCKED_SHAPES", ((32, 2), (64, 2), (128, 2), (256, 2)))
     monkeypatch.setattr(attention, "SHAPES", ())
     monkeypatch.setattr(attention, "_PROFILED", (32, 2))
     monkeypatch.setattr(attention, "MOST_SECONDS", 10.0)
@@ -63,8 +63,11 @@ def test_attention_that_would_take_too_long_is_not_begun(monkeypatch):
         (64, attention.BACKWARD, 9.0),
         (128, attention.FORWARD, "not run"),
         (128, attention.BACKWARD, "not run"),
+        (256, attention.FORWARD, "not run"),
+        (256, attention.BACKWARD, "not run"),
     ]
-    assert "16 s expected" in sink.results[-2]["failed"]
+    assert "16 s expected" in sink.results[4]["failed"]
+    assert "64 s expected" in sink.results[6]["failed"]
 
 
 def test_operands_repeat_what_is_drawn(monkeypatch):
