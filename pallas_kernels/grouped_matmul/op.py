@@ -18,6 +18,8 @@ IMPLEMENTATIONS = ("auto", "reference", "blocked", "padded", "ragged")
 
 # Rows in a small block of the blocked form, and the most in a large one, by target platform.
 _BLOCKS = {"cpu": (64, 512), "gpu": (256, 2048), "tpu": (256, 2048)}
+# Most rows in a block of the padded form.
+_PADDED_BLOCK = 4096
 # Bytes that the padded form's copies of the matrices may take.
 _PADDED_BYTES = 2**32
 
@@ -80,4 +82,4 @@ def _blocks(rows: int, groups: int) -> Blocks:
 
 def _padded_block(rows: int, groups: int) -> int:
     """About half a group of average size: smaller ones pad less but copy matrices more often."""
-    return max(1, 2 ** math.floor(math.log2(max(rows / (2 * groups), 1))))
+    return max(1, min(_PADDED_BLOCK, 2 ** math.floor(math.log2(max(rows / (2 * groups), 1)))))

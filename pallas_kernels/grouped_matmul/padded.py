@@ -32,20 +32,21 @@ def grouped_matmul_padded(x_MD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.
 
 def _forward(x_MD, w_EDF, group_sizes_E, block):
     plan = _plan(group_sizes_E, x_MD.shape[0], block)
-    y_NRF = _dot("nrd,ndf->nrf", _take(x_MD, plan.source_NR), _take(w_EDF, plan.group_N))
-    return _rows(y_NRF, plan).astype(x_MD.dtype), (x_MD, w_EDF, group_sizes_E)
+    y_NRF = jnp.einsum("nrd,ndf->nrf", _take(x_MD, plan.source_NR), _take(w_EDF, plan.group_N))
+    return _rows(y_NRF, plan), (x_MD, w_EDF, group_sizes_E)
 
 
 def _backward(block, residuals, dy_MF):
     x_MD, w_EDF, group_sizes_E = residuals
     plan = _plan(group_sizes_E, x_MD.shape[0], block)
     dy_NRF = _take(dy_MF, plan.source_NR)
-    dx_NRD = _dot("nrf,ndf->nrd", dy_NRF, _take(w_EDF, plan.group_N))
-    dw_NDF = _dot("nrd,nrf->ndf", _take(x_MD, plan.source_NR), dy_NRF)
+    dx_NRD = jnp.einsum("nrf,ndf->nrd", dy_NRF, _take(w_EDF, plan.group_N))
+    wide = jnp.promote_types(jnp.float32, x_MD.dtype)
+    dw_NDF = jnp.einsum("nrd,nrf->ndf", _take(x_MD, plan.source_NR), dy_NRF, preferred_element_type=wide)
     # A product with zeros and ones adds a group's blocks in a fixed order; a scatter would not.
     mine_EN = (plan.group_N == jnp.arange(w_EDF.shape[0])[:, None]).astype(dw_NDF.dtype)
     dw_EDF = jnp.einsum("en,ndf->edf", mine_EN, dw_NDF, precision="highest")
-    return _rows(dx_NRD, plan).astype(x_MD.dtype), dw_EDF.astype(w_EDF.dtype), None
+    return _rows(dx_NRD, plan), dw_EDF.astype(w_EDF.dtype), None
 
 
 grouped_matmul_padded.defvjp(_forward, _backward)
@@ -81,7 +82,3 @@ def _take(array: jax.Array, index: jax.Array) -> jax.Array:
 
 def _rows(blocks_NRF: jax.Array, plan: _Plan) -> jax.Array:
     return _take(blocks_NRF.reshape(-1, blocks_NRF.shape[-1]), plan.place_M)
-
-
-def _dot(spec: str, left: jax.Array, right: jax.Array) -> jax.Array:
-    return jnp.einsum(spec, left, right, preferred_element_type=jnp.promote_types(jnp.float32, left.dtype))

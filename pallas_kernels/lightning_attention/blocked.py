@@ -59,33 +59,35 @@ def lightning_attention_blocked(
 
 
 def _forward(q_BSHK, k_BSHK, v_BSHV, slopes_H, segment_ids_BS, initial_state_BHKV, block, group):
-    tiling = _Tiling.of(q_BSHK.shape[1], block, group)
+    _, S, H, _ = q_BSHK.shape
+    tiling = _Tiling.of(S, block, group)
     runs_BS = None if segment_ids_BS is None else document_runs(segment_ids_BS)
     first_run_B = None if runs_BS is None else runs_BS[:, 0]
     operands = [tiling.pad(x) for x in (q_BSHK, k_BSHK, v_BSHV)]
 
     def step(carry, inputs):
-        state_BHKV, run_B, o_BSHV = carry
+        state_BHKV, run_B, o_BSF = carry
         n, run_BGC, length = inputs
-        q_BHGCK, k_BHGCK, v_BHGCV = (tiling.take(x, n) for x in operands)
+        q_BHGCK, k_BHGCK, v_BHGCV = (tiling.take(x, n, H) for x in operands)
         weights, last_run_B = _weights(slopes_H, length, run_BGC, run_B, tiling, state_BHKV.dtype)
         entering_BHGKV, leaving_BHKV = _states(k_BHGCK, v_BHGCV, weights, state_BHKV)
         scores = _dot("bhgik,bhgjk->bhgij", q_BHGCK, k_BHGCK, weights) * weights.intra_BHGCC
         o_BHGCV = _dot("bhgij,bhgjv->bhgiv", scores.astype(v_BHGCV.dtype), v_BHGCV, weights)
         q_BHGCK = _scale(q_BHGCK, weights.query_BHGC)
         o_BHGCV += _dot("bhgik,bhgkv->bhgiv", q_BHGCK, entering_BHGKV.astype(q_BHGCK.dtype), weights)
-        return (leaving_BHKV, last_run_B, tiling.put(o_BSHV, o_BHGCV, n)), state_BHKV
+        return (leaving_BHKV, last_run_B, tiling.put(o_BSF, o_BHGCV, n)), state_BHKV
 
     inputs = (tiling.index_N, tiling.split_runs(runs_BS), tiling.lengths_N)
     carry = (initial_state_BHKV, first_run_B, jnp.zeros_like(operands[2]))
-    (final_BHKV, _, o_BSHV), states_NBHKV = lax.scan(step, carry, inputs)
-    return (tiling.cut(o_BSHV), final_BHKV), (q_BSHK, k_BSHK, v_BSHV, slopes_H, runs_BS, states_NBHKV)
+    (final_BHKV, _, o_BSF), states_NBHKV = lax.scan(step, carry, inputs)
+    return (tiling.cut(o_BSF, H), final_BHKV), (q_BSHK, k_BSHK, v_BSHV, slopes_H, runs_BS, states_NBHKV)
 
 
 def _backward(block, group, residuals, cotangents):
     q_BSHK, k_BSHK, v_BSHV, slopes_H, runs_BS, states_NBHKV = residuals
     do_BSHV, dfinal_BHKV = cotangents
-    tiling = _Tiling.of(q_BSHK.shape[1], block, group)
+    _, S, H, _ = q_BSHK.shape
+    tiling = _Tiling.of(S, block, group)
     runs_NBGC = tiling.split_runs(runs_BS)
     # The run that each group's entering state belongs to: that of the last token before the group.
     entering_runs_NB = None
@@ -97,7 +99,7 @@ def _backward(block, group, residuals, cotangents):
     def step(carry, inputs):
         dstate_BHKV, *grads = carry
         n, run_BGC, run_B, length, state_BHKV = inputs
-        q, k, v, do = (tiling.take(x, n) for x in operands)
+        q, k, v, do = (tiling.take(x, n, H) for x in operands)
         w, _ = _weights(slopes_H, length, run_BGC, run_B, tiling, state_BHKV.dtype)
         entering_BHGKV, _ = _states(k, v, w, state_BHKV)
         q_scaled, k_scaled = _scale(q, w.query_BHGC), _scale(k, w.key_BHGC)
@@ -125,7 +127,7 @@ def _backward(block, group, residuals, cotangents):
     inputs = (tiling.index_N, runs_NBGC, entering_runs_NB, tiling.lengths_N, states_NBHKV)
     carry = (dfinal_BHKV, *(jnp.zeros_like(x) for x in operands[:3]))
     (dinitial_BHKV, *grads), _ = lax.scan(step, carry, inputs, reverse=True)
-    dq_BSHK, dk_BSHK, dv_BSHV = (tiling.cut(x) for x in grads)
+    dq_BSHK, dk_BSHK, dv_BSHV = (tiling.cut(x, H) for x in grads)
     # Slopes are constants of the architecture: no gradient. Segment ids are integers.
     return dq_BSHK, dk_BSHK, dv_BSHV, jnp.zeros_like(slopes_H), None, dinitial_BHKV
 
@@ -161,26 +163,30 @@ class _Tiling(NamedTuple):
         return np.arange(self.groups, dtype=np.int32)
 
     def pad(self, x_BSHD: jax.Array) -> jax.Array:
-        """Zeros behind the last token, up to whole groups."""
+        """Zeros behind the last token, up to whole groups; heads and channels merged, [B, padded S, H D].
+
+        Merged, they leave XLA no choice of layout: with heads apart it would reorder whole operands before the loop
+        over groups, a second copy of each.
+        """
+        B, S, H, D = x_BSHD.shape
         padding = self.groups * self.blocks * self.block - self.length
-        return jnp.pad(x_BSHD, ((0, 0), (0, padding), (0, 0), (0, 0)))
+        return jnp.pad(x_BSHD.reshape(B, S, H * D), ((0, 0), (0, padding), (0, 0)))
 
-    def cut(self, x_BSHD: jax.Array) -> jax.Array:
+    def cut(self, x_BSF: jax.Array, heads: int) -> jax.Array:
         """The inverse of ``pad``."""
-        return x_BSHD[:, : self.length]
+        return x_BSF[:, : self.length].reshape(x_BSF.shape[0], self.length, heads, -1)
 
-    def take(self, x_BSHD: jax.Array, n: jax.Array) -> jax.Array:
-        """Group n of padded tokens, [B, H, G, C, D]. Reordering a group at a time needs no second copy of them all."""
-        B, _, H, D = x_BSHD.shape
+    def take(self, x_BSF: jax.Array, n: jax.Array, heads: int) -> jax.Array:
+        """Group n of padded tokens, [B, H, G, C, D]."""
         G, C = self.blocks, self.block
-        x_BGCHD = lax.dynamic_slice_in_dim(x_BSHD, n * (G * C), G * C, axis=1).reshape(B, G, C, H, D)
-        return x_BGCHD.transpose(0, 3, 1, 2, 4)
+        group_BSF = lax.dynamic_slice_in_dim(x_BSF, n * (G * C), G * C, axis=1)
+        return group_BSF.reshape(x_BSF.shape[0], G, C, heads, -1).transpose(0, 3, 1, 2, 4)
 
-    def put(self, x_BSHD: jax.Array, group_BHGCD: jax.Array, n: jax.Array) -> jax.Array:
+    def put(self, x_BSF: jax.Array, group_BHGCD: jax.Array, n: jax.Array) -> jax.Array:
         """Padded tokens with group n replaced."""
-        B, H, G, C, D = group_BHGCD.shape
-        group_BSHD = group_BHGCD.transpose(0, 2, 3, 1, 4).reshape(B, G * C, H, D)
-        return lax.dynamic_update_slice_in_dim(x_BSHD, group_BSHD.astype(x_BSHD.dtype), n * (G * C), axis=1)
+        B, _, G, C, _ = group_BHGCD.shape
+        group_BSF = group_BHGCD.transpose(0, 2, 3, 1, 4).reshape(B, G * C, -1)
+        return lax.dynamic_update_slice_in_dim(x_BSF, group_BSF.astype(x_BSF.dtype), n * (G * C), axis=1)
 
     def split_runs(self, runs_BS: jax.Array | None) -> jax.Array | None:
         """[B, S] to [N, B, G, C]; padding continues the last document, so that it ends no run."""

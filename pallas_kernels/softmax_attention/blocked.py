@@ -58,6 +58,9 @@ def _cut(q_BSHK, k_BSGK, v_BSGV, segment_ids_BS, scale, block) -> _Blocks:
     if segment_ids_BS is None:
         runs_NBC, first_N = None, jnp.zeros((N,), jnp.int32)
     else:
+        # Tied to q: rematerialisation would compute what depends on the documents alone, the masks of all blocks, once
+        # for both passes and keep it.
+        q_BSHK, segment_ids_BS = lax.optimization_barrier((q_BSHK, segment_ids_BS))
         runs_BS = document_runs(segment_ids_BS)
         padded_BS = jnp.pad(runs_BS, ((0, 0), (0, N * block - S)), mode="edge")
         runs_NBC = padded_BS.reshape(B, N, block).swapaxes(0, 1)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs.text_1b import get_config
-from mmx.bench.gpu.attention import BACKWARD, FORWARD, failed
+from mmx.bench.gpu.attention import BACKWARD, FORWARD, describe
 from mmx.bench.gpu.clock import seconds_a_call
 from pallas_kernels.grouped_matmul import grouped_matmul
 
@@ -69,7 +69,8 @@ def _time(
         try:
             seconds = seconds_a_call(call, jax.block_until_ready)
         except Exception as error:
-            failed(sink, f"{name}, {direction}", tokens, error)
+            reason = describe(error)
+            sink.result(f"{name}, {direction}: {reason}", name=name, direction=direction, tokens=tokens, failed=reason)
             continue
         sink.result(
             f"{name}, {direction}: {seconds * 1e3:.2f} ms, {flops / seconds / 1e12:.0f} TFLOP/s",

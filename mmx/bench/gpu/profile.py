@@ -8,8 +8,12 @@ import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
+
+if TYPE_CHECKING:
+    from mmx.bench.gpu.sections import Sink
 
 
 def slowest_operations(work: Callable[[], None], most: int = 10) -> tuple[list[tuple[str, float, int]], float]:
@@ -38,6 +42,18 @@ def slowest_operations(work: Callable[[], None], most: int = 10) -> tuple[list[t
             seconds[name] += event["dur"] / 1e6
             calls[name] += 1
     return [(name, spent, calls[name]) for name, spent in seconds.most_common(most)], sum(seconds.values())
+
+
+def report_operations(sink: Sink, slowest: list[tuple[str, float, int]], total: float) -> None:
+    """Reports what ``slowest_operations`` found, an operation a line."""
+    for name, spent, calls in slowest:
+        sink.result(
+            f"  {spent / total:5.1%} {spent * 1e3:9,.1f} ms {calls:6} calls  {name}",
+            operation=name,
+            share=spent / total,
+            seconds_in_all=spent,
+            calls=calls,
+        )
 
 
 def _kind(event: dict) -> str:

@@ -10,37 +10,27 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from configs.text_1b import get_config
-from mmx.bench.gpu.profile import slowest_operations
-from mmx.config import count_parameters, training_flops
+from mmx.bench.gpu.clock import bytes_needed, compile_if_it_fits
+from mmx.bench.gpu.profile import report_operations, slowest_operations
+from mmx.config import Run, count_parameters, training_flops
 from mmx.train.loss import Batch
 from mmx.train.optimizer import build_optimizer
-from mmx.train.step import init_state, train_step
+from mmx.train.step import TrainState, init_state, train_step
 from mmx.train.throughput import utilisation
 
 if TYPE_CHECKING:
     from mmx.bench.gpu.sections import Sink
 
-STEPS = 5
+# (rows, tokens in a row) of a batch. Four rows of 8K are what a micro-batch of 80 GB may hold.
+BATCHES = ((1, 8192), (4, 8192), (1, 65536))
+STEPS = 3
 
 
-def one_row_of_8k(sink: Sink) -> None:
-    """A batch of one row of 8,192 tokens."""
-    _measure(sink, rows=1, length=8192)
-
-
-def eight_rows_of_8k(sink: Sink) -> None:
-    """A batch of eight rows of 8,192 tokens."""
-    _measure(sink, rows=8, length=8192)
-
-
-def one_row_of_64k(sink: Sink) -> None:
-    """A batch of one row of 65,536 tokens."""
-    _measure(sink, rows=1, length=65536)
-
-
-def _measure(sink: Sink, rows: int, length: int) -> None:
+def measure(sink: Sink) -> None:
+    """Every batch, one document a row."""
     run = get_config()
     optimizer = build_optimizer(run.optimizer)
     counts = count_parameters(run.model)
@@ -50,11 +40,20 @@ def _measure(sink: Sink, rows: int, length: int) -> None:
         f"{counts.total / 1e9:.2f}B parameters, {counts.active / 1e9:.2f}B active; initialised in "
         f"{time.perf_counter() - started:.0f} s"
     )
+    for rows, length in BATCHES:
+        state = _measure(sink, run, optimizer, state, rows, length)
+
+
+def _measure(
+    sink: Sink, run: Run, optimizer: optax.GradientTransformation, state: TrainState, rows: int, length: int
+) -> TrainState:
     batch = _batch(run.model.vocab_size, rows, length)
     step = functools.partial(train_step, run.model, optimizer, run.optimizer.clip_norm, 1)
-    started = time.perf_counter()
-    compiled = jax.jit(step, donate_argnums=0).lower(state, batch, jnp.float32(0)).compile()
-    compile_seconds = time.perf_counter() - started
+    try:
+        compiled, compile_seconds = compile_if_it_fits(step, state, batch, jnp.float32(0), donate_argnums=0)
+    except MemoryError as error:
+        sink.result(f"{rows} x {length:,} tokens: {error}", rows=rows, length=length, failed=str(error))
+        return state
 
     times = []
     for _ in range(1 + STEPS):
@@ -66,7 +65,7 @@ def _measure(sink: Sink, rows: int, length: int) -> None:
     seconds = statistics.median(times[1:])
     device = jax.devices()[0]
     mfu = utilisation(run.model, [length] * rows, seconds, device.device_kind, 1)
-    peak = (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
+    peak = bytes_needed(compiled)
     sink.result(
         f"{rows} x {length:,} tokens: {rows * length / seconds:,.0f} tokens/s, "
         f"{training_flops(run.model, [length] * rows) / seconds / 1e12:.0f} model TFLOP/s"
@@ -87,13 +86,8 @@ def _measure(sink: Sink, rows: int, length: int) -> None:
 
     slowest, total = slowest_operations(once)
     sink.say(f"where the device's {total * 1e3:,.0f} ms go:")
-    for name, spent, calls in slowest:
-        sink.result(
-            f"  {spent / total:5.1%} {spent * 1e3:9,.1f} ms {calls:6} calls  {name}",
-            operation=name,
-            share=spent / total,
-            calls=calls,
-        )
+    report_operations(sink, slowest, total)
+    return state
 
 
 def _batch(vocabulary: int, rows: int, length: int) -> Batch:
