@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
-from mmx.config import ConfigError, MeshConfig, Run
-from mmx.parallel import build_mesh, spec
+from mmx.config import ConfigError, Run
+from mmx.parallel import spec
 from mmx.parallel.compiler import compiler_options
 from mmx.train.loss import Batch
 from mmx.train.optimizer import build_optimizer
@@ -27,27 +27,28 @@ _ENVIRONMENT = {
 }
 
 
-def topology_mesh(name: str, config: MeshConfig) -> Mesh:
-    """The mesh of a run on the devices of a topology.
+def topology_devices(name: str, slices: int = 1) -> list[jax.Device]:
+    """The devices of a topology, which can be compiled for but not run on.
 
     Args:
-      name: as libtpu spells it, for example "v5p:2x2x2" or "v6e:16x16".
-      config: sizes of the mesh axes.
+      name: of one slice, as libtpu spells it, for example "v5p:2x2x2" or "v6e:16x16".
+      slices: how many of them, joined over a slow network.
 
     Raises:
-      ConfigError: if libtpu is not installed or does not know the topology, or the sizes do not fit it.
+      ConfigError: if libtpu is not installed or does not know the topology.
     """
     for variable, value in _ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
+    several = {"num_slices": slices} if slices > 1 else {}
     try:
-        topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=name, **several)
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
             f"cannot compile for {name!r} ({reason}): install libtpu (pip install 'mmx[tpu]') and write the topology "
             "like v5p:2x2x2, v5e:4x4, v6e:4x4 or tpu7x:2x2x1"
         ) from None
-    return build_mesh(config, list(topology.devices))
+    return list(topology.devices)
 
 
 def compile_train_step(run: Run, mesh: Mesh, options: Mapping[str, str] | None = None) -> jax.stages.Compiled:

@@ -15,10 +15,10 @@ from jax.sharding import NamedSharding
 
 from mmx.config import ConfigError, MeshConfig, ModelConfig
 from mmx.model.experts import Experts
-from mmx.parallel import spec
+from mmx.parallel import build_mesh, spec
 from mmx.parallel.compiler import compiler_options
 from mmx.plan.collectives import Collective, collectives
-from mmx.plan.topology import topology_mesh
+from mmx.plan.topology import topology_devices
 
 TOPOLOGY, GROUPS = "v5p:2x2x2", (1, 2, 4)
 ROWS, LENGTH = 8, 4096
@@ -36,7 +36,7 @@ MESH = MeshConfig(expert=8)
 def measure(say: Callable[[str], None]) -> list[dict[str, Any]]:
     """A layer of experts, forward and backward, with each number of groups, as a run compiles it and by default."""
     try:
-        mesh = topology_mesh(TOPOLOGY, MESH)
+        mesh = build_mesh(MESH, topology_devices(TOPOLOGY))
     except ConfigError as error:
         say(str(error))
         return [{"failed": str(error)}]

@@ -10,8 +10,9 @@ import math
 import pytest
 
 from mmx.config import HYBRID_PERIOD, DataConfig, MeshConfig, ModelConfig, Run
+from mmx.parallel import build_mesh
 from mmx.plan.collectives import collectives
-from mmx.plan.topology import compile_train_step, topology_mesh
+from mmx.plan.topology import compile_train_step, topology_devices
 
 pytest.importorskip("libtpu", reason="compiling for TPU needs libtpu")
 
@@ -47,7 +48,7 @@ def sent(length: int):
         data=DataConfig(sequence_length=length, batch_size=ROWS),
     )
     run.validate(8)
-    program = compile_train_step(run, topology_mesh("v5p:2x2x2", run.mesh)).as_text()
+    program = compile_train_step(run, build_mesh(run.mesh, topology_devices("v5p:2x2x2"))).as_text()
     return [c for c in collectives(program) if c.size > 4096]
 
 
