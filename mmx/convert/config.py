@@ -80,7 +80,15 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 # the PyTorch code splits lightning attention into, on which its result does not depend. The mode of a shared expert
 # means nothing without one. They are carried along to an export of the same model.
 INERT = frozenset(
-    ["_name_or_path", "architectures", "auto_map", "transformers_version", "model_type", "use_cache", "initializer_range", "max_position_embeddings", "max_model_len", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id", "output_router_logits", "output_attentions", "output_hidden_states", "return_dict", "torchscript", "use_bfloat16", "chunk_size_feed_forward", "id2label", "label2id", "problem_type", "task_specific_params", "finetuning_task", "tokenizer_class", "prefix", "is_decoder", "_attn_implementation", "attn_implementation", "block", "block_size", "shared_moe_mode", "dtype", "torch_dtype", "low_cpu_mem_usage", "license", "language"]
+    (
+        *("_name_or_path", "architectures", "auto_map", "model_type", "transformers_version", "license", "language"),
+        *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id", "tokenizer_class", "prefix"),
+        *("use_cache", "max_position_embeddings", "max_model_len", "initializer_range", "dtype", "torch_dtype"),
+        *("output_router_logits", "output_attentions", "output_hidden_states", "return_dict", "torchscript"),
+        *("id2label", "label2id", "problem_type", "task_specific_params", "finetuning_task", "is_decoder"),
+        *("_attn_implementation", "attn_implementation", "chunk_size_feed_forward", "low_cpu_mem_usage"),
+        *("block", "block_size", "shared_moe_mode", "use_bfloat16"),
+    )
 )
 
 

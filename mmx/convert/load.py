@@ -6,10 +6,9 @@ there, so that the host holds a few pieces whatever the model's size.
 
 from __future__ import annotations
 
-import functools
+import math
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from functools import partial
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -19,14 +18,15 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 
 from mmx.config import ModelConfig
+from mmx.convert.ahead import read_ahead
 from mmx.convert.names import Path
 from mmx.convert.source import Source, flatten, open_directory, parameter_shapes, unflatten
 from mmx.convert.transfer import Box, intersect, split
 from mmx.model.text import Params, parameter_specs
 
-# Values a piece holds at most, and pieces that are read while one is put into its place.
-_PIECE = 16 << 20
-_AHEAD = 2
+# Values a piece holds at most, and bytes of pieces that are read while one is put into its place.
+PIECE = 16 << 20
+_AHEAD_BYTES = 256 << 20
 
 
 def load_huggingface(folder: FilePath, dtype: str | None = None) -> tuple[ModelConfig, Params]:
@@ -48,16 +48,14 @@ def load_parameters(source: Source) -> Params:
     specs = flatten(parameter_specs(source.config))
     leaves = {}
     # What happens on a single device cannot happen in the scope of a mesh of several.
-    with ThreadPoolExecutor(_AHEAD) as pool, jax.set_mesh(Mesh(np.empty((), object), ())):
+    with jax.set_mesh(Mesh(np.empty((), object), ())):
         for path, shape in parameter_shapes(source.config).items():
-            sharding = SingleDeviceSharding(jax.local_devices()[0]) if mesh.empty else NamedSharding(mesh, specs[path])
-            leaves[path] = _load(source, path, shape, sharding, pool)
+            one = SingleDeviceSharding(jax.local_devices()[0])
+            leaves[path] = _load(source, path, shape, one if mesh.empty else NamedSharding(mesh, specs[path]))
     return unflatten(leaves)
 
 
-def _load(
-    source: Source, path: Path, leaf: jax.ShapeDtypeStruct, sharding: Sharding, pool: ThreadPoolExecutor
-) -> jax.Array:
+def _load(source: Source, path: Path, leaf: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.Array:
     """One parameter: every box that some device of this process holds is read once."""
     holders: dict[tuple[tuple[int, int], ...], list[Any]] = {}
     for device, indices in sharding.addressable_devices_indices_map(leaf.shape).items():
@@ -67,7 +65,7 @@ def _load(
     for bounds, devices in holders.items():
         box = tuple(slice(*one) for one in bounds)
         buffers = [_empty([one.stop - one.start for one in box], leaf.dtype, device) for device in devices]
-        for piece, values in _read_ahead(source, path, box, pool):
+        for piece, values in pieces(source, path, box):
             start = np.asarray([p.start - b.start for p, b in zip(piece, box, strict=True)], np.int32)
             # Waiting for the piece before keeps the host from running ahead of the devices.
             jax.block_until_ready(buffers)
@@ -79,26 +77,28 @@ def _load(
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
 
 
-def _read_ahead(source: Source, path: Path, box: Box, pool: ThreadPoolExecutor) -> Iterator[tuple[Box, np.ndarray]]:
-    pieces = iter(
-        piece
+def pieces(source: Source, path: Path, box: Box) -> Iterator[tuple[Box, np.ndarray]]:
+    """The values of a box of a parameter, in boxes of bounded size, as they are read from the files."""
+    boxes = (
+        (part, piece)
         for part in source.parts[path]
         if (common := intersect(part, box))
-        for piece in split(part, common, _PIECE)
+        for piece in split(part, common, PIECE)
     )
-    read = lambda piece: (piece, pool.submit(source.read, path, piece))  # noqa: E731
-    waiting = [read(piece) for piece in islice(pieces, _AHEAD)]
-    while waiting:
-        piece, values = waiting.pop(0)
-        waiting += [read(following) for following in islice(pieces, 1)]
-        yield piece, values.result()
+    itemsize = parameter_shapes(source.config)[path].dtype.itemsize
+    read = lambda part, piece: (piece, source.read_part(part, piece))  # noqa: E731
+    tasks = (
+        (math.prod(one.stop - one.start for one in piece) * itemsize, partial(read, part, piece))
+        for part, piece in boxes
+    )
+    return read_ahead(tasks, _AHEAD_BYTES)
 
 
 def _empty(shape: list[int], dtype: Any, device: jax.Device) -> jax.Array:
     return jnp.zeros(shape, dtype, device=device)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
+@partial(jax.jit, donate_argnums=0)
 def _place(buffer: jax.Array, values: jax.Array, start: jax.Array) -> jax.Array:
     """The buffer with ``values`` in their place, in the buffer's own memory."""
     return jax.lax.dynamic_update_slice(buffer, values, list(start))

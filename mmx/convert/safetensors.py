@@ -24,6 +24,8 @@ from mmx.config import ConfigError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+# A file that stands in a directory as long as it is being written.
+UNFINISHED = "export.unfinished.json"
 DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -157,6 +159,8 @@ def _entry(path: Path, data: int, name: str, fields: dict[str, Any]) -> _Entry:
 
 def _shards(folder: Path) -> dict[Path, set[str] | None]:
     """The files of a checkpoint, and the tensors that the index says each has (None without an index)."""
+    if (folder / UNFINISHED).exists():
+        raise ConfigError(f"{folder} is an unfinished export: run the same launch.convert again, which goes on with it")
     if (folder / INDEX).exists():
         return {path: names for path, names in _indexed(folder).items()}
     files = sorted(folder.glob("*.safetensors"))

@@ -37,19 +37,32 @@ class Source:
 
     config: ModelConfig
     reader: TensorReader
-    parts: dict[Path, list[Part]]
+    spelling: str  # of its experts, see ``mmx.convert.names``
+
+    @functools.cached_property
+    def parts(self) -> dict[Path, list[Part]]:
+        """Where each parameter is found."""
+        return parts_by_parameter(self.config, self.spelling)
+
+    def read_part(self, part: Part, box: Box) -> np.ndarray:
+        """A box within a part of a parameter, in the dtype that the model keeps it in."""
+        return parameter_box(self.reader, part, box).astype(parameter_shapes(self.config)[part.path].dtype, copy=False)
 
     def read(self, path: Path, box: Box) -> np.ndarray:
-        """A box of a parameter, in the dtype that the model keeps it in."""
-        dtype = parameter_shapes(self.config)[path].dtype
-        found = [(part, common) for part in self.parts[path] if (common := intersect(part, box))]
-        if len(found) == 1:
-            return parameter_box(self.reader, *found[0]).astype(dtype, copy=False)
-        result = np.empty([one.stop - one.start for one in box], dtype)
-        for part, common in found:
-            within = tuple(slice(c.start - b.start, c.stop - b.start) for c, b in zip(common, box, strict=True))
-            result[within] = parameter_box(self.reader, part, common)
+        """Any box of a parameter, in the dtype that the model keeps it in."""
+        part = self._starting.get((path, tuple(one.start for one in box)))
+        if part is not None and intersect(part, box) == box:
+            return self.read_part(part, box)
+        result = np.empty([one.stop - one.start for one in box], parameter_shapes(self.config)[path].dtype)
+        for part in self.parts[path]:
+            if common := intersect(part, box):
+                within = tuple(slice(c.start - b.start, c.stop - b.start) for c, b in zip(common, box, strict=True))
+                result[within] = parameter_box(self.reader, part, common)
         return result
+
+    @functools.cached_property
+    def _starting(self) -> dict[tuple[Path, tuple[int, ...]], Part]:
+        return {(part.path, part.start): part for parts in self.parts.values() for part in parts}
 
 
 def open_directory(folder: FilePath, dtype: str | None = None) -> tuple[Source, Translation]:
@@ -90,7 +103,7 @@ def open_tensors(config: ModelConfig, reader: TensorReader, dtype: str | None = 
         raise ConfigError(f"{where} has tensors that its config does not speak of: {_list(extra)}")
     _require_slopes(config, reader, derived, where)
     config.param_dtype = dtype or _dtype(reader, wanted, where)
-    return Source(config, reader, parts_by_parameter(config, spelling))
+    return Source(config, reader, spelling)
 
 
 @functools.cache

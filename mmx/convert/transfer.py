@@ -33,19 +33,17 @@ def parameter_box(reader: TensorReader, part: Part, box: Box) -> np.ndarray:
     return permuted.reshape([one.stop - one.start for one in box])
 
 
-def tensor_values(tensor: Tensor, read: ReadParameter, dtype: np.dtype) -> np.ndarray:
-    """One tensor of a checkpoint, made of its parameters."""
-    parts = tensor.parts
-    whole = len(parts) == 1 and all(fixed is None for fixed in parts[0].fixed)
-    result = None if whole else np.empty(parts[0].view, dtype)
-    for part in parts:
+def tensor_values(tensor: Tensor, read: ReadParameter, dtype: np.dtype | None = None) -> np.ndarray:
+    """One tensor of a checkpoint, made of its parameters; None keeps their dtype."""
+    result = None
+    for part in tensor.parts:
         box = tuple(slice(start, start + extent) for start, extent in zip(part.start, part.extent, strict=True))
-        values = read(part.path, box)
-        order = part.order
-        values = values.reshape([part.extent[axis] for axis in sorted(order)])
-        values = permuted_copy(values, np.argsort(np.argsort(order))).astype(dtype, copy=False)
-        if result is None:
+        values = read(part.path, box).reshape([part.extent[axis] for axis in sorted(part.order)])
+        values = permuted_copy(values, np.argsort(np.argsort(part.order))).astype(dtype or values.dtype, copy=False)
+        if values.size == tensor.size:
             return values.reshape(tensor.shape)
+        if result is None:
+            result = np.empty(part.view, values.dtype)
         result[tuple(slice(None) if fixed is None else fixed for fixed in part.fixed)] = values
     return result.reshape(tensor.shape)
 

@@ -1,7 +1,7 @@
 """Decay of lightning attention: one constant a head and layer, not trained (released modelling code).
 
-A head with slope s forgets by exp(-s) a token. Two rules make the slopes: the released code's, and that of Transformers'
-port, which is another model where the number of heads is no power of two. Shapes: H heads.
+A head with slope s forgets by exp(-s) a token. Two rules make the slopes: the released code's, and that of
+Transformers' port, which is another model where the number of heads is no power of two. Shapes: H heads.
 """
 
 import math
