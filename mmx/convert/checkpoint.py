@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
@@ -42,7 +43,9 @@ def write_checkpoint(source: Source, folder: FilePath, progress: Callable[[int],
     shapes = parameter_shapes(source.config)
     require_room(folder, sum(x.size * x.dtype.itemsize for x in shapes.values()))
     arrays = {path: _Streamed(source, path, progress) for path in shapes}
-    registry = ocp.type_handlers.create_type_handler_registry((_Streamed, _StreamedHandler()))
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (_Streamed, _StreamedHandler()), (jax.Array, ocp.type_handlers.ArrayHandler())
+    )
     handlers = {
         STATE: ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
         MODEL: ocp.JsonCheckpointHandler(),

@@ -192,7 +192,7 @@ def _indexed(folder: Path) -> dict[Path, set[str]]:
         shards.setdefault(folder / file, set()).add(tensor)
     for path in shards:
         if not path.is_file():
-            raise ConfigError(f"{path} is missing: {INDEX} says that {len(shards[path])} tensors are in it")
+            raise ConfigError(f"{path} is missing: {INDEX} puts tensors in it; fetch it")
     return shards
 
 
