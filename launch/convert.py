@@ -11,6 +11,7 @@ A workdir, or one checkpoint of it, becomes a Hugging Face directory, of the rel
 Nothing is written but into the target. An export that was interrupted goes on when the same command is given again.
 """
 
+import os
 from pathlib import Path
 
 from absl import flags
@@ -42,6 +43,7 @@ _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Check the source, print what wou
 
 def run() -> None:
     """Converts as the flags say, and prints what was done."""
+    os.environ["JAX_PLATFORMS"] = "cpu"  # Files in, files out: no accelerator is taken for it.
     from mmx.convert.convert import convert, parse_size
 
     convert(

@@ -16,7 +16,7 @@ ALLOWED = {
     "mmx.train": {"mmx.config", "mmx.parallel", "mmx.model", "mmx.data", "pallas_kernels"},
     "mmx.generate": {"mmx.config", "mmx.parallel", "mmx.model", "pallas_kernels"},
     "mmx.convert": {"mmx.config", "mmx.model", "mmx.data", "mmx.train", "pallas_kernels"},
-    "mmx.bench": {"configs", "mmx.config", "mmx.model", "mmx.train", "mmx.generate", "pallas_kernels"},
+    "mmx.bench": {"configs", "mmx.config", "mmx.convert", "mmx.model", "mmx.train", "mmx.generate", "pallas_kernels"},
     "mmx.pretrained": {"mmx.config", "mmx.convert", "mmx.model", "mmx.data", "mmx.train", "mmx.generate"},
     "mmx": {"mmx.pretrained"},
     "configs": {"mmx.config"},

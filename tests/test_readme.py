@@ -52,7 +52,7 @@ def test_commands_run_as_written(tmp_path):
         assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
         return result.stdout
 
-    for command in blocks("bash")[1].splitlines():
+    for command in [*blocks("bash")[1].splitlines(), *blocks("bash")[2].splitlines()]:
         assert command.startswith("python -m launch.")
         run(["bash", "-c", command])
     [code] = blocks("python")

@@ -25,9 +25,6 @@ from mmx.convert.source import Source, parameter_shapes, unflatten
 from mmx.convert.transfer import Box
 from mmx.train.checkpoint import MODEL, PARAMETERS_ONLY, PROGRESS, STATE
 
-# Decoded chunks that are kept for the next box: a chunk that training wrote holds pieces of many tensors.
-_CACHE_BYTES = 1 << 30
-
 
 def write_checkpoint(source: Source, folder: FilePath, progress: Callable[[int], None]) -> None:
     """Writes the parameters of a source as step 0 of a folder of checkpoints.
@@ -78,11 +75,16 @@ def require_room(folder: FilePath, needed: int) -> None:
 class CheckpointReader:
     """The parameters of a checkpoint of ours, read by boxes.
 
+    Args:
+      folder: of the checkpoints.
+      step: None takes the newest.
+      cache_bytes: of chunks that are kept for the next box; training writes chunks that several tensors share.
+
     Raises:
       ConfigError: if the folder has no such checkpoint.
     """
 
-    def __init__(self, folder: FilePath, step: int | None = None):
+    def __init__(self, folder: FilePath, step: int | None = None, cache_bytes: int = 0):
         steps = sorted(int(path.name) for path in folder.glob("[0-9]*") if path.name.isdigit())
         if not steps or (step is not None and step not in steps):
             raise ConfigError(f"{folder} holds no checkpoint{'' if step is None else f' of step {step}'}")
@@ -92,7 +94,7 @@ class CheckpointReader:
             self._driver = "zarr3" if json.loads((self.path / STATE / "_METADATA").read_text())["use_zarr3"] else "zarr"
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(f"{self.path} cannot be read as a checkpoint of mmx ({error})") from None
-        self._context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
+        self._context = ts.Context({"cache_pool": {"total_bytes_limit": cache_bytes}})
         self._arrays: dict[Path, Any] = {}
 
     def read(self, path: Path, box: Box) -> np.ndarray:
@@ -172,6 +174,8 @@ class _StreamedHandler(ocp.type_handlers.TypeHandler):
             dtype=value.dtype,
             process_index="0",
         )
+        # Weights shrink by a fifth, and compressing them takes longer than writing them.
+        spec["metadata"]["compressor"] = None
         return await ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context)
 
 

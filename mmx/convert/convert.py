@@ -24,6 +24,7 @@ from mmx.train.checkpoint import CHECKPOINTS, find_checkpoints
 # What a converted workdir keeps of the directory it came from, for the way back.
 KEPT = "huggingface"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+_MOST_CACHE_BYTES = 512 << 20
 _SECONDS_BETWEEN_LINES = 10
 
 Say = Callable[[str], None]
@@ -51,7 +52,7 @@ def convert(
         raise ConfigError(f"{target} is the source itself: choose another target")
     if not is_huggingface(source):
         folder, step = find_checkpoints(source)
-        reader = CheckpointReader(folder, step)
+        reader = CheckpointReader(folder, step, cache_bytes=min(shard_bytes, _MOST_CACHE_BYTES))
         kept = folder.parent / KEPT
         inert = from_huggingface(read_config(kept)).inert if kept.is_dir() else {}
         sidecars = kept if kept.is_dir() else folder.parent

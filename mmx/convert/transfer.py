@@ -17,8 +17,8 @@ from mmx.convert.safetensors import TensorReader
 Box = tuple[slice, ...]
 # Reads a box of a parameter.
 ReadParameter = Callable[[Path, Box], np.ndarray]
-# A cache line of bf16: permuted copies go in blocks that fill whole lines of what they write.
-_BLOCK = 32
+# Permuted copies go in columns of so many values: half again as fast as 32 for bf16, and no slower for fp32.
+_BLOCK = 16
 
 
 def parameter_box(reader: TensorReader, part: Part, box: Box) -> np.ndarray:
