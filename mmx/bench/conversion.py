@@ -94,7 +94,6 @@ def _run(work: str, folder: Path, sender: Connection) -> None:
         convert(folder / "run", folder / "exported", layout=RELEASED, **arguments)
     else:
         _load_and_save(folder / "hf", folder / "saved")
-    os.sync()
     seconds = time.perf_counter() - started
     status = Path("/proc/self/status").read_text()
     sender.send((seconds, int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) * 1024))
@@ -106,6 +105,8 @@ def _load_and_save(source: Path, target: Path) -> None:
     target.mkdir()
     for path in sorted(source.glob("*.safetensors")):
         save_file(load_file(path), target / path.name)
+        with (target / path.name).open("rb") as file:
+            os.fsync(file.fileno())
 
 
 def _write_model(folder: Path) -> int:

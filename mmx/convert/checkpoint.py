@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path as FilePath
 from typing import Any
@@ -25,6 +26,10 @@ from mmx.convert.source import Source, parameter_shapes, unflatten
 from mmx.convert.transfer import Box
 from mmx.train.checkpoint import MODEL, PARAMETERS_ONLY, PROGRESS, STATE
 
+# Pieces that are being written at a time: several are committed together.
+_WRITES = 4
+_ORBAX_UNFINISHED = ".orbax-checkpoint-tmp"
+
 
 def write_checkpoint(source: Source, folder: FilePath, progress: Callable[[int], None]) -> None:
     """Writes the parameters of a source as step 0 of a folder of checkpoints.
@@ -35,8 +40,10 @@ def write_checkpoint(source: Source, folder: FilePath, progress: Callable[[int],
     Raises:
       ConfigError: if the folder has checkpoints already, or the disk has no room.
     """
-    if folder.is_dir() and any(folder.iterdir()):
-        raise ConfigError(f"{folder} is not empty: choose another target, or remove it")
+    if folder.is_dir():
+        if not all(path.name.endswith(_ORBAX_UNFINISHED) for path in folder.iterdir()):
+            raise ConfigError(f"{folder} is not empty: choose another target, or remove it")
+        shutil.rmtree(folder)  # What an interrupted import left.
     shapes = parameter_shapes(source.config)
     require_room(folder, sum(x.size * x.dtype.itemsize for x in shapes.values()))
     arrays = {path: _Streamed(source, path, progress) for path in shapes}
@@ -53,10 +60,13 @@ def write_checkpoint(source: Source, folder: FilePath, progress: Callable[[int],
         MODEL: ocp.args.JsonSave(to_dict(source.config)),
         PROGRESS: ocp.args.JsonSave({PARAMETERS_ONLY: True}),
     }
-    # One thread at a time: Orbax would write on beside whatever comes next.
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
-    with ocp.CheckpointManager(folder.absolute(), item_handlers=handlers, options=options) as manager:
-        manager.save(0, args=ocp.args.Composite(**items))
+    try:
+        with ocp.CheckpointManager(folder.absolute(), item_handlers=handlers, options=options) as manager:
+            manager.save(0, args=ocp.args.Composite(**items))
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def require_room(folder: FilePath, needed: int) -> None:
@@ -67,8 +77,8 @@ def require_room(folder: FilePath, needed: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise ConfigError(
-            f"the disk is full: {folder} has {free >> 20:,} MiB left and {needed >> 20:,} are needed; free some space, "
-            "or choose another target"
+            f"the disk is full: {folder} needs {needed / 1e6:,.1f} MB and {free / 1e6:,.1f} are left; "
+            "free some space, or choose another target"
         )
 
 
@@ -146,24 +156,25 @@ class _StreamedHandler(ocp.type_handlers.TypeHandler):
     async def serialize(
         self, values: Sequence[_Streamed], infos: Sequence[ocp.type_handlers.ParamInfo], args: Any = None
     ) -> Sequence[ocp.future.Future]:
-        """Writes one array after another, one piece in the air while the next is read."""
-        del args
-        writing = self._write(values, infos)
-        return [ocp.future.CommitFutureAwaitingContractedSignals(writing, name="streamed parameters")]
+        """Writes one array after another, a few pieces in the air while the next is read.
 
-    async def _write(self, values: Sequence[_Streamed], infos: Sequence[ocp.type_handlers.ParamInfo]) -> None:
+        All of it happens here and nothing in Orbax's threads, which would print what goes wrong in pages.
+        """
+        del args
         for value, info in zip(values, infos, strict=True):
             await info.await_path_creation()
             whole = tuple(slice(0, n) for n in value.shape)
-            array, writing = None, None
+            array, writing = None, deque()
             for box, piece in pieces(value.source, value.path, whole):
                 if array is None:  # The first piece is as large as any: chunks of its shape are written once each.
                     array = await self._create(value, info, piece.shape)
-                if writing is not None:
-                    await writing
-                writing = array[box].write(piece, can_reference_source_data_indefinitely=True)
+                if len(writing) == _WRITES:
+                    await writing.popleft()
+                writing.append(array[box].write(piece, can_reference_source_data_indefinitely=True))
                 value.progress(piece.nbytes)
-            await writing
+            for one in writing:
+                await one
+        return []
 
     async def _create(self, value: _Streamed, info: ocp.type_handlers.ParamInfo, chunk: tuple[int, ...]) -> Any:
         spec = ocp.type_handlers.get_json_tspec_write(
