@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 
 from mmx.config import ModelConfig
@@ -101,4 +102,7 @@ def _empty(shape: list[int], dtype: Any, device: jax.Device) -> jax.Array:
 @partial(jax.jit, donate_argnums=0)
 def _place(buffer: jax.Array, values: jax.Array, start: jax.Array) -> jax.Array:
     """The buffer with ``values`` in their place, in the buffer's own memory."""
-    return jax.lax.dynamic_update_slice(buffer, values, list(start))
+    # As integers: XLA's CPU backend would convert all of a bf16 buffer to fp32 and back for every piece.
+    bits = jnp.dtype(f"uint{8 * buffer.dtype.itemsize}")
+    buffer_bits, value_bits = (lax.bitcast_convert_type(x, bits) for x in (buffer, values))
+    return lax.bitcast_convert_type(lax.dynamic_update_slice(buffer_bits, value_bits, list(start)), buffer.dtype)

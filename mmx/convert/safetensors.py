@@ -11,6 +11,7 @@ import functools
 import itertools
 import json
 import math
+import mmap
 import os
 import struct
 from collections.abc import Iterable
@@ -35,9 +36,8 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # The format's own limit; a longer one is no header.
 _MAX_HEADER_BYTES = 100_000_000
-# Gaps shorter than a page are read through: the page is read from the disk anyway.
-_PAGE_BYTES = 4096
-_SPAN_BYTES = 16 << 20
+# Runs at least so long are read one by one.
+_LONG_RUN_BYTES = 64 << 10
 
 
 class Info(NamedTuple):
@@ -112,7 +112,7 @@ class Directory:
         return self._entries[name].info
 
     def read(self, name: str, view: tuple[int, ...], box: tuple[slice, ...]) -> np.ndarray:
-        """See ``TensorReader``. Reads the bytes of the box alone, gaps shorter than a page aside."""
+        """See ``TensorReader``. Reads the bytes of the box alone, or the pages that they lie in."""
         entry = self._entries[name]
         return read_box(self._open(entry.path), entry.offset, entry.info.dtype, view, box)
 
@@ -214,37 +214,33 @@ class _OpenFile:
                 raise ConfigError(f"{self._path} became shorter while it was read")
             buffer, offset = buffer[count:], offset + count
 
+    def mapped(self, offset: int, length: int) -> tuple[mmap.mmap, int]:
+        """A mapping that holds ``length`` bytes from ``offset``, and where in it they begin."""
+        before = offset % mmap.ALLOCATIONGRANULARITY
+        mapping = mmap.mmap(self._descriptor, length + before, access=mmap.ACCESS_READ, offset=offset - before)
+        return mapping, before
+
 
 def read_box(
     file: _OpenFile, offset: int, dtype: np.dtype, view: tuple[int, ...], box: tuple[slice, ...]
 ) -> np.ndarray:
-    """A box of a row-major array that begins at ``offset``."""
-    result = np.empty([part.stop - part.start for part in box], dtype)
-    # Axes after `axis` are whole, so that a run along `axis` is contiguous.
-    axis = max((i for i, part in enumerate(box) if part.stop - part.start < view[i]), default=0)
+    """A box of a row-major array of shape ``view`` that begins at byte ``offset``."""
+    shape = tuple(part.stop - part.start for part in box)
+    result = np.empty(shape, dtype)
     if not result.size:
         return result
-    row = math.prod(view[axis + 1 :]) * dtype.itemsize
-    run, period = result.shape[axis] * row if result.ndim else dtype.itemsize, view[axis] * row if view else 0
-    data = memoryview(result.reshape(-1).view(np.uint8))
+    # The last axis that is not whole: along it, and all behind it, the box lies in one run.
+    axis = max((i for i, (n, whole) in enumerate(zip(shape, view, strict=True)) if n < whole), default=0)
     strides = [math.prod(view[i + 1 :]) * dtype.itemsize for i in range(len(view))]
+    run = shape[axis] * strides[axis] if view else dtype.itemsize
+    if run < min(_LONG_RUN_BYTES, result.nbytes):
+        # Many short runs, as of one device's columns: mapped, so that only their pages are read, and copied at once.
+        mapping, begin = file.mapped(offset, math.prod(view) * dtype.itemsize)
+        result[...] = np.ndarray(view, dtype, mapping, begin)[box]
+        return result
+    data = memoryview(result.reshape(-1).view(np.uint8))
     first = offset + sum(part.start * stride for part, stride in zip(box, strides, strict=True))
-    # Runs along the axis before can be read together, with the gaps between them.
-    outer, inner = box[: max(axis - 1, 0)], result.shape[axis - 1] if axis else 1
-    read_through = axis > 0 and period - run < _PAGE_BYTES
-    position = 0
-    for indices in itertools.product(*(range(part.stop - part.start) for part in outer)):
+    for number, indices in enumerate(itertools.product(*(range(n) for n in shape[:axis]))):
         start = first + sum(index * stride for index, stride in zip(indices, strides, strict=False))
-        step = max(_SPAN_BYTES // period, 1) if read_through else 1
-        for begin in range(0, inner, step):
-            count = min(step, inner - begin)
-            target = data[position : position + count * run]
-            if count == 1:
-                file.read_into(target, start + begin * period)
-            else:
-                span = np.empty(period * (count - 1) + run, np.uint8)
-                file.read_into(memoryview(span), start + begin * period)
-                runs = np.lib.stride_tricks.as_strided(span, (count, run), (period, 1))
-                np.frombuffer(target, np.uint8).reshape(count, run)[:] = runs
-            position += count * run
+        file.read_into(data[number * run : (number + 1) * run], start)
     return result
