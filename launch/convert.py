@@ -44,7 +44,7 @@ _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Check the source, print what wou
 def run() -> None:
     """Converts as the flags say, and prints what was done."""
     os.environ["JAX_PLATFORMS"] = "cpu"  # Files in, files out: no accelerator is taken for it.
-    from mmx.convert.convert import convert, parse_size
+    from mmx.convert.conversion import convert, parse_size
 
     convert(
         Path(_SOURCE.value),

@@ -24,7 +24,7 @@ import numpy as np
 
 from mmx.config import ModelConfig
 from mmx.convert.config import CONFIG, RELEASED, to_huggingface
-from mmx.convert.convert import convert
+from mmx.convert.conversion import convert
 from mmx.convert.names import tensors
 from mmx.convert.shards import ShardWriter, Spec, plan_shards
 from mmx.convert.source import tensor_dtype

@@ -125,14 +125,13 @@ def read_config(folder: Path) -> dict[str, Any]:
 def is_huggingface(folder: Path) -> bool:
     """Whether a directory looks like a Hugging Face checkpoint, whole or not."""
     names = {path.name for path in folder.iterdir()}
-    if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
+    if any(name.endswith((".safetensors", ".safetensors.index.json")) or "pytorch_model" in name for name in names):
         return True
-    if CONFIG not in names:
-        return False
     try:
-        return "model_type" in json.loads((folder / CONFIG).read_text())
-    except ValueError:
+        fields = json.loads((folder / CONFIG).read_text())
+    except (OSError, ValueError):
         return False
+    return isinstance(fields, dict) and "model_type" in fields  # A run's config.json has none.
 
 
 def from_huggingface(fields: dict[str, Any], where: str = CONFIG) -> Translation:

@@ -92,8 +92,9 @@ class Export:
         def values(spec: Spec) -> np.ndarray:
             return tensor_values(by_name[spec.name], self.read, spec.dtype)
 
-        # Making a tensor takes up to three times its size: as read, permuted, and in another dtype.
-        writer.write(values, max(shard.nbytes for shard in plan) // 3, progress)
+        # Making a tensor takes up to three times its size: as read, permuted, and in another dtype. With what the
+        # reader keeps for the next one, this stays under a shard.
+        writer.write(values, max(shard.nbytes for shard in plan) // 6, progress)
         writer.finish()
         return plan
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from mmx.config import LIGHTNING, SOFTMAX, ModelConfig
@@ -39,10 +39,12 @@ class Row(NamedTuple):
     spelling: str | None = None  # None: both
 
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_LAYER = "model.layers.{number}."
 _EXPERT = "block_sparse_moe.experts.{E}."
 
 TABLE = (
-    Row(MODEL, "embedding", "V D", "model.embed_tokens.weight", "V D"),
+    Row(MODEL, "embedding", "V D", EMBEDDING, "V D"),
     Row(LAYER, "attention_norm.scale", "D", "input_layernorm.weight", "D"),
     Row(LIGHTNING, "attention.query", "D H K", "self_attn.qkv_proj.weight", "(H 0/3 K) D"),
     Row(LIGHTNING, "attention.key", "D H K", "self_attn.qkv_proj.weight", "(H 1/3 K) D"),
@@ -63,7 +65,7 @@ TABLE = (
     Row(LAYER, "experts.gate_up", "E D 2 F", "mlp.experts.gate_up_proj", "E (2 F) D", FUSED),
     Row(LAYER, "experts.down", "E F D", "mlp.experts.down_proj", "E D F", FUSED),
     Row(MODEL, "final_norm.scale", "D", "model.norm.weight", "D"),
-    Row(MODEL, "head", "V D", "lm_head.weight", "V D"),
+    Row(MODEL, "head", "V D", HEAD, "V D"),
 )
 
 # Parameters that are fp32 on disk whatever the rest is.
@@ -126,7 +128,7 @@ def tensors(config: ModelConfig, spelling: str = SEPARATE) -> Iterator[Tensor]:
     for number, kind in enumerate(config.layer_pattern):
         run, place = _place(config.layer_pattern, number)
         layer_rows = [row for row in rows if row.where in (LAYER, kind)]
-        yield from _gather(layer_rows, sizes, f"model.layers.{number}.", ("runs", run), place)
+        yield from _gather(layer_rows, sizes, _LAYER.format(number=number), ("runs", run), place)
     yield from _gather(model_rows[1:], sizes)
 
 
@@ -137,6 +139,18 @@ def parts_by_parameter(config: ModelConfig, spelling: str = SEPARATE) -> dict[Pa
         for part in tensor.parts:
             found.setdefault(part.path, []).append(part)
     return found
+
+
+def spelling_of(names: Iterable[str]) -> str:
+    """How the experts of a checkpoint with these tensors are spelt."""
+    fused = tuple(row.tensor for row in TABLE if row.spelling == FUSED)
+    return FUSED if any(name.endswith(fused) for name in names) else SEPARATE
+
+
+def slope_tensors(config: ModelConfig) -> dict[str, int]:
+    """Names under which Transformers stores the slopes of lightning layers, and the layers' numbers."""
+    numbers = (number for number, kind in enumerate(config.layer_pattern) if kind == LIGHTNING)
+    return {_LAYER.format(number=number) + "self_attn.slope_rate": number for number in numbers}
 
 
 def _gather(

@@ -15,12 +15,14 @@ from mmx.config import ConfigError, ModelConfig
 from mmx.convert.config import CONFIG, Translation, from_huggingface, read_config
 from mmx.convert.names import (
     DERIVED_TENSORS,
+    EMBEDDING,
     FP32_TENSORS,
-    FUSED,
-    SEPARATE,
+    HEAD,
     Part,
     Path,
     parts_by_parameter,
+    slope_tensors,
+    spelling_of,
     tensors,
 )
 from mmx.convert.safetensors import Directory, TensorReader
@@ -91,14 +93,14 @@ def open_tensors(config: ModelConfig, reader: TensorReader, dtype: str | None = 
     """
     config = dataclasses.replace(config)
     names = set(reader.names())
-    spelling = FUSED if any(".mlp." in name for name in names) else SEPARATE
+    spelling = spelling_of(names)
     wanted = {tensor.name: tensor.shape for tensor in tensors(config, spelling)}
     _require_shapes(reader, wanted, names, where)
     derived = {name for name in names if DERIVED_TENSORS.search(name)}
     extra = names - wanted.keys() - derived
-    if config.tie_embeddings and "lm_head.weight" in extra:
+    if config.tie_embeddings and HEAD in extra:
         _require_tied(reader, where)
-        extra.remove("lm_head.weight")
+        extra.remove(HEAD)
     if extra:
         raise ConfigError(f"{where} has tensors that its config does not speak of: {_list(extra)}")
     _require_slopes(config, reader, derived, where)
@@ -151,23 +153,22 @@ def _require_shapes(reader: TensorReader, wanted: dict[str, tuple[int, ...]], na
 
 def _require_tied(reader: TensorReader, where: str) -> None:
     """A tied head may be written out; it must be the embedding then."""
-    (rows, width), name = reader.info("lm_head.weight").shape, "model.embed_tokens.weight"
-    if reader.info(name).shape == (rows, width):
+    rows, width = reader.info(EMBEDDING).shape
+    if reader.info(HEAD).shape == (rows, width):
         step = max((64 << 20) // (4 * width), 1)
         blocks = (slice(start, min(start + step, rows)) for start in range(0, rows, step))
         read = lambda tensor, block: reader.read(tensor, (rows, width), (block, slice(0, width)))  # noqa: E731
-        if all(np.array_equal(read("lm_head.weight", block), read(name, block)) for block in blocks):
+        if all(np.array_equal(read(HEAD, block), read(EMBEDDING, block)) for block in blocks):
             return
-    raise ConfigError(f"{where}: tie_word_embeddings=true contradicts an lm_head.weight other than {name}")
+    raise ConfigError(f"{where}: tie_word_embeddings=true contradicts an {HEAD} other than {EMBEDDING}")
 
 
 def _require_slopes(config: ModelConfig, reader: TensorReader, derived: set[str], where: str) -> None:
     """Slopes that a checkpoint holds, as Transformers writes them, must be those that we compute."""
     H = config.num_heads
-    for name in sorted(derived):
-        if not name.endswith(".self_attn.slope_rate"):
+    for name, number in slope_tensors(config).items():
+        if name not in derived:
             continue
-        number = int(name.split(".")[2])
         held = reader.read(name, (H,), (slice(0, H),)).astype(np.float32)
         ours = layer_slopes(H, number, config.num_layers, config.slope_rule)
         # They may have been rounded to bf16; the rules differ by factors, or by 1e-5.

@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import jax
 import numpy as np
@@ -130,8 +129,12 @@ def corrected(model: Any, config: ModelConfig) -> Iterator[None]:
             slopes = layer_slopes(config.num_heads, number, config.num_layers, config.slope_rule)
             _set_slopes(layer.self_attn, torch.tensor(slopes)[:, None, None])
     partial_rope = functools.partial(_partial_rope, config.rotary_dim, modeling_minimax.rotate_half)
-    with mock.patch.object(modeling_minimax, "apply_rotary_pos_emb", partial_rope):
+    whole_rope = modeling_minimax.apply_rotary_pos_emb
+    modeling_minimax.apply_rotary_pos_emb = partial_rope
+    try:
         yield
+    finally:
+        modeling_minimax.apply_rotary_pos_emb = whole_rope
 
 
 def _partial_rope(rotary_dim: int, rotate_half: Any, q: Any, k: Any, cos: Any, sin: Any, unsqueeze_dim: int = 1) -> Any:

@@ -15,7 +15,7 @@ import mmx
 from mmx.config import CheckpointConfig, ConfigError, MeshConfig, OptimizerConfig, load_json
 from mmx.convert import safetensors
 from mmx.convert.checkpoint import CheckpointReader
-from mmx.convert.convert import convert, parse_size
+from mmx.convert.conversion import convert, parse_size
 from mmx.convert.load import load_huggingface
 from mmx.convert.names import FUSED, tensors
 from mmx.convert.safetensors import INDEX, UNFINISHED, Directory
@@ -49,7 +49,7 @@ def run(source, target, layout=None, shard_bytes=30_000, dtype=None, verify=Fals
 @pytest.fixture(autouse=True)
 def without_twin(monkeypatch):
     """The comparison of logits costs seconds each time; test_twin.py makes it."""
-    monkeypatch.setattr("mmx.convert.convert.can_compare", lambda _: "not in this test")
+    monkeypatch.setattr("mmx.convert.conversion.can_compare", lambda _: "not in this test")
 
 
 @pytest.fixture(scope="module")

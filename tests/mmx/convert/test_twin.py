@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mmx.config import HYBRID_PERIOD, ConfigError, ModelConfig
-from mmx.convert.convert import convert
+from mmx.convert.conversion import convert
 from mmx.convert.twin import TOLERANCE, can_compare, small_twin, twin_difference
 from tests.tiny import tiny
 

@@ -52,7 +52,7 @@ def convert(
         raise ConfigError(f"{target} is the source itself: choose another target")
     if not is_huggingface(source):
         folder, step = find_checkpoints(source)
-        reader = CheckpointReader(folder, step, cache_bytes=min(shard_bytes, _MOST_CACHE_BYTES))
+        reader = CheckpointReader(folder, step, cache_bytes=min(shard_bytes // 4, _MOST_CACHE_BYTES))
         kept = folder.parent / KEPT
         inert = from_huggingface(read_config(kept)).inert if kept.is_dir() else {}
         sidecars = kept if kept.is_dir() else folder.parent
