@@ -28,24 +28,15 @@ from mmx.train.checkpoint import MODEL, PARAMETERS_ONLY, PROGRESS, STATE
 
 # Pieces that are being written at a time: several are committed together.
 _WRITES = 4
-_ORBAX_UNFINISHED = ".orbax-checkpoint-tmp"
 
 
 def write_checkpoint(source: Source, folder: FilePath, progress: Callable[[int], None]) -> None:
-    """Writes the parameters of a source as step 0 of a folder of checkpoints.
+    """Writes the parameters of a source as step 0 of a folder of checkpoints, which is empty or does not exist.
 
     Args:
       progress: called with the bytes of each piece that was written.
-
-    Raises:
-      ConfigError: if the folder has checkpoints already, or the disk has no room.
     """
-    if folder.is_dir():
-        if not all(path.name.endswith(_ORBAX_UNFINISHED) for path in folder.iterdir()):
-            raise ConfigError(f"{folder} is not empty: choose another target, or remove it")
-        shutil.rmtree(folder)  # What an interrupted import left.
     shapes = parameter_shapes(source.config)
-    require_room(folder, sum(x.size * x.dtype.itemsize for x in shapes.values()))
     arrays = {path: _Streamed(source, path, progress) for path in shapes}
     registry = ocp.type_handlers.create_type_handler_registry(
         (_Streamed, _StreamedHandler()), (jax.Array, ocp.type_handlers.ArrayHandler())

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mmx.config import ConfigError, ModelConfig, Run, count_parameters, save_json
-from mmx.convert.checkpoint import CheckpointReader, write_checkpoint
-from mmx.convert.config import CONFIG, RELEASED, Translation, from_huggingface, is_huggingface, read_config
+from mmx.convert.checkpoint import CheckpointReader, require_room, write_checkpoint
+from mmx.convert.config import CONFIG, RELEASED, from_huggingface, is_huggingface, read_config
 from mmx.convert.export import Export, copy_sidecars
 from mmx.convert.names import SEPARATE, tensors
 from mmx.convert.safetensors import Directory
@@ -20,9 +21,11 @@ from mmx.convert.twin import TOLERANCE, can_compare, twin_difference
 from mmx.convert.verify import compare
 from mmx.data.prepare import TOKENIZER
 from mmx.train.checkpoint import CHECKPOINTS, find_checkpoints
+from mmx.train.loop import CONFIG as RUN_CONFIG
 
 # What a converted workdir keeps of the directory it came from, for the way back.
 KEPT = "huggingface"
+_ORBAX_UNFINISHED = ".orbax-checkpoint-tmp"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _MOST_CACHE_BYTES = 512 << 20
 _SECONDS_BETWEEN_LINES = 10
@@ -72,7 +75,7 @@ def convert(
         )
         _export(export, verify, dry_run, say)
     else:
-        _import(opened, translation, source, target, verify, dry_run, say)
+        _import(opened, source, target, verify, dry_run, say)
 
 
 def parse_size(text: str) -> int:
@@ -83,23 +86,37 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
-def _import(
-    opened: Source, translation: Translation, source: Path, target: Path, verify: bool, dry_run: bool, say: Say
-) -> None:
+def _import(opened: Source, source: Path, target: Path, verify: bool, dry_run: bool, say: Say) -> None:
     shapes = parameter_shapes(opened.config)
     total = sum(x.size * x.dtype.itemsize for x in shapes.values())
     if dry_run:
         say(f"would write {len(shapes)} arrays, {_size(total)}, into {target / CHECKPOINTS / '0'}")
         return
-    write_checkpoint(opened, target / CHECKPOINTS, progress := _Progress("written", total, say))
+    _clear(target)
+    require_room(target, total)
+    # The checkpoint comes last: without it there is nothing that looks complete.
     copy_sidecars(source, target / KEPT)
     (target / KEPT / CONFIG).write_text((source / CONFIG).read_text())
     if (source / TOKENIZER).exists():
-        (target / TOKENIZER).write_bytes((source / TOKENIZER).read_bytes())
-    save_json(Run(model=opened.config), target / "config.json")
+        shutil.copyfile(source / TOKENIZER, target / TOKENIZER)
+    save_json(Run(model=opened.config), target / RUN_CONFIG)
+    progress = _Progress("written", total, say)
+    write_checkpoint(opened, target / CHECKPOINTS, progress)
     say(f"wrote {target / CHECKPOINTS / '0'}: {progress.summary()}")
     if verify:
         _verify(opened.config, opened.reader, opened.spelling, CheckpointReader(target / CHECKPOINTS).read, say)
+
+
+def _clear(target: Path) -> None:
+    """Removes what an interrupted import left. Raises ConfigError if the target holds anything else."""
+    if not target.exists():
+        return
+    checkpoints = target / CHECKPOINTS
+    unfinished = [path for path in checkpoints.glob("*") if path.name.endswith(_ORBAX_UNFINISHED)]
+    finished = checkpoints.exists() and len(unfinished) < len(list(checkpoints.iterdir()))
+    if finished or {path.name for path in target.iterdir()} - {CHECKPOINTS, KEPT, RUN_CONFIG, TOKENIZER}:
+        raise ConfigError(f"{target} is not empty: choose another target, or remove it")
+    shutil.rmtree(target)
 
 
 def _export(export: Export, verify: bool, dry_run: bool, say: Say) -> None:

@@ -68,8 +68,7 @@ TABLE = (
     Row(MODEL, "head", "V D", HEAD, "V D"),
 )
 
-# Parameters that are fp32 on disk whatever the rest is.
-FP32_TENSORS = re.compile(r"(block_sparse_moe|mlp)\.gate\.weight$")
+_ROUTERS = tuple(row.tensor for row in TABLE if row.parameter == "experts.router.gate")
 # What some checkpoints hold besides weights: constants that the classes compute themselves.
 DERIVED_TENSORS = re.compile(
     r"\.(self_attn\.(slope_rate|query_decay|key_decay|diagonal_decay)|(self_attn\.)?rotary_emb\.inv_freq)$"
@@ -145,6 +144,11 @@ def spelling_of(names: Iterable[str]) -> str:
     """How the experts of a checkpoint with these tensors are spelt."""
     fused = tuple(row.tensor for row in TABLE if row.spelling == FUSED)
     return FUSED if any(name.endswith(fused) for name in names) else SEPARATE
+
+
+def is_router(tensor: str) -> bool:
+    """Whether a tensor is a router's matrix, which is fp32 on disk whatever the others are."""
+    return tensor.endswith(_ROUTERS)
 
 
 def slope_tensors(config: ModelConfig) -> dict[str, int]:

@@ -16,10 +16,10 @@ from mmx.convert.config import CONFIG, Translation, from_huggingface, read_confi
 from mmx.convert.names import (
     DERIVED_TENSORS,
     EMBEDDING,
-    FP32_TENSORS,
     HEAD,
     Part,
     Path,
+    is_router,
     parts_by_parameter,
     slope_tensors,
     spelling_of,
@@ -137,7 +137,7 @@ def unflatten(leaves: dict[Path, Any]) -> dict[str, Any]:
 
 def tensor_dtype(name: str, param_dtype: str) -> np.dtype:
     """The dtype in which a tensor is written: the router's matrices are fp32 whatever the others are."""
-    return np.dtype(np.float32) if FP32_TENSORS.search(name) else jnp.dtype(param_dtype)
+    return np.dtype(np.float32) if is_router(name) else jnp.dtype(param_dtype)
 
 
 def _require_shapes(reader: TensorReader, wanted: dict[str, tuple[int, ...]], names: set[str], where: str) -> None:
@@ -184,7 +184,7 @@ def _dtype(reader: TensorReader, wanted: dict[str, tuple[int, ...]], where: str)
     dtypes = {}
     for name in wanted:
         dtypes.setdefault(reader.info(name).dtype, name)
-        if not FP32_TENSORS.search(name) and reader.info(name).dtype != jnp.bfloat16:
+        if not is_router(name) and reader.info(name).dtype != jnp.bfloat16:
             dtypes.setdefault("not bf16", name)
     if np.dtype(np.float64) in dtypes:
         raise ConfigError(

@@ -26,7 +26,7 @@ from mmx.convert.source import flatten
 from mmx.model.text import bind, init_params, layer_runs
 from pallas_kernels.lightning_attention import layer_slopes
 
-# Largest difference of a logit, both in fp32; logits are about 1.
+# Largest difference of a logit, both in fp32.
 TOLERANCE = 1e-4
 _TOKENS = (2, 75)
 

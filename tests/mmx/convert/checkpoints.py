@@ -8,7 +8,7 @@ import numpy as np
 
 from mmx.config import ModelConfig
 from mmx.convert.config import to_huggingface
-from mmx.convert.names import FP32_TENSORS, tensors
+from mmx.convert.names import is_router, tensors
 from mmx.convert.safetensors import Directory
 from mmx.convert.shards import ShardWriter, Spec, plan_shards
 from tests.tiny import tiny
@@ -31,7 +31,7 @@ def write_directory(folder: Path, config: ModelConfig = BF16, layout: str = "rel
     rng = np.random.default_rng(0)
     values = {}
     for tensor in tensors(config):
-        dtype = np.float32 if FP32_TENSORS.search(tensor.name) else ml_dtypes.bfloat16
+        dtype = np.float32 if is_router(tensor.name) else ml_dtypes.bfloat16
         values[tensor.name] = (0.2 * rng.standard_normal(tensor.shape)).astype(dtype)
     write_tensors(folder, values, shard_bytes)
     fields = to_huggingface(config, layout, "bfloat16") | {"eos_token_id": 7, "max_position_embeddings": 4096}

@@ -233,6 +233,24 @@ def test_interrupted_export_goes_on(ours, tmp_path, monkeypatch):
         run(ours, target)
 
 
+def test_interrupted_import_starts_again(original, tmp_path, monkeypatch):
+    target = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(safetensors.Directory, "read", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(original, target)
+    assert not (target / "checkpoints").exists()
+    (target / "checkpoints" / "0.orbax-checkpoint-tmp").mkdir(parents=True)  # What a kill leaves.
+    run(original, target)
+    assert mmx.load(target).config.param_dtype == "bfloat16"
+    with pytest.raises(ConfigError, match="is not empty"):
+        run(original, target)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("")
+    with pytest.raises(ConfigError, match="is not empty"):
+        run(original, tmp_path / "mine")
+
+
 def test_full_disk(original, ours, tmp_path, monkeypatch):
     write = os.write
 
@@ -271,6 +289,12 @@ def remove_tensor(folder, name):
     rewrite(folder, values)
 
 
+def remove_from_index(folder, name):
+    index = json.loads((folder / INDEX).read_text())
+    del index["weight_map"][name]
+    (folder / INDEX).write_text(json.dumps(index))
+
+
 def reshape_tensor(folder, name):
     values = read_all(folder)
     values[name] = values[name].T.copy()
@@ -299,6 +323,7 @@ QKV = "model.layers.1.self_attn.qkv_proj.weight"
     ("damage", "argument", "sentence"),
     [
         (remove_tensor, QKV, f"lacks {QKV}: is a shard or an entry of its index missing?"),
+        (remove_from_index, QKV, f"lacks {QKV}: is a shard or an entry of its index missing?"),
         (reshape_tensor, QKV, rf"{QKV} has shape \[24, 144\] and its config asks for \[144, 24\]"),
         (add_tensor, "model.layers.6.extra", "has tensors that its config does not speak of: model.layers.6.extra"),
         (wrong_slopes, "transformers", "layers.0.self_attn.slope_rate contradicts the slopes of the 'released' rule"),
