@@ -114,8 +114,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         fields = json.loads(path.read_text())
     except ValueError as error:
         raise ConfigError(f"{path} is not valid JSON ({error})") from None
-    if not isinstance(fields, dict) or fields.get("model_type") not in _MODEL_TYPES:
-        kind = fields.get("model_type") if isinstance(fields, dict) else fields
+    kind = fields.get("model_type") if isinstance(fields, dict) else fields
+    if not isinstance(kind, str) or kind not in _MODEL_TYPES:
         raise ConfigError(
             f"{path} has model_type {kind!r}, which is not of the MiniMax-01 text family ({', '.join(_MODEL_TYPES)})"
         )
@@ -142,6 +142,15 @@ def from_huggingface(fields: dict[str, Any], where: str = CONFIG) -> Translation
     Raises:
       ConfigError: for a field that is unknown, contradicts another, or asks for what the model has not, by its name.
     """
+    try:
+        return _translate(fields, where)
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{where} has a field of the wrong type ({error})") from None
+
+
+def _translate(fields: dict[str, Any], where: str) -> Translation:
     layout = _MODEL_TYPES[fields["model_type"]]
     take = _Taking(fields, where)
     defaults = _DEFAULTS | (_TRANSFORMERS_DEFAULTS if layout == TRANSFORMERS else {})
