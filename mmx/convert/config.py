@@ -322,6 +322,8 @@ def _rope(take: _Taking, head_dim: int) -> dict[str, Any]:
 
 
 def _channels(take: _Taking, name: str, factor: float, head_dim: int) -> int:
+    if not isinstance(factor, (int, float)):
+        raise ConfigError(f"{take.where}: {name}={factor!r} is no number")
     channels = factor * head_dim
     if abs(channels - round(channels)) > 1e-6:
         raise ConfigError(f"{take.where}: {name}={factor} of head_dim={head_dim} is no whole number of channels")

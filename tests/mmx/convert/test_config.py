@@ -135,7 +135,7 @@ MISTAKES = {
     "describes no model: vocab_size must be of type int, not 'many'": {"vocab_size": "many"},
     "describes no model: model.num_heads=4 is not a multiple": {"num_key_value_heads": 3},
     "has a field of the wrong type": {"head_dim": None, "hidden_size": "wide"},
-    "has a field of the wrong type.*half": {"partial_rotary_factor": "half"},
+    "partial_rotary_factor='half' is no number": {"partial_rotary_factor": "half"},
     "slope_rule='alibi' is not one of": {"slope_rule": "alibi"},
 }
 
