@@ -100,9 +100,9 @@ class Export:
 
     def _token_ids(self) -> dict[str, Any]:
         """Begin and end of a document, for a model that was trained here; a converted one brings its own."""
-        if self.inert or self.sidecars is None or not (self.sidecars / TOKENIZER).exists():
+        tokenizer = None if self.inert or self.sidecars is None else _own_tokenizer(self.sidecars)
+        if tokenizer is None:
             return {}
-        tokenizer = Tokenizer.load(self.sidecars / TOKENIZER)
         return {"bos_token_id": tokenizer.begin_of_document, "eos_token_id": tokenizer.end_of_document}
 
     def _write_small_files(self, fields: dict[str, Any]) -> None:
@@ -112,12 +112,20 @@ class Export:
         if not (self.target / GENERATION).exists():
             ids = {name: fields.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
             (self.target / GENERATION).write_text(json.dumps(ids, indent=2) + "\n")
-        if (self.target / TOKENIZER).exists() and not (self.target / "tokenizer_config.json").exists():
-            tokenizer = Tokenizer.load(self.target / TOKENIZER)
+        tokenizer = _own_tokenizer(self.target)
+        if tokenizer is not None and not (self.target / "tokenizer_config.json").exists():
             names = {"bos_token": tokenizer.begin_of_document, "eos_token": tokenizer.end_of_document}
             entries: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
             entries |= {name: tokenizer.token_name(index) for name, index in names.items()}
             (self.target / "tokenizer_config.json").write_text(json.dumps(entries, indent=2) + "\n")
+
+
+def _own_tokenizer(folder: FilePath) -> Tokenizer | None:
+    """A tokenizer that launch.prepare trained; others are copied and not looked into."""
+    try:
+        return Tokenizer.load(folder / TOKENIZER)
+    except ConfigError:  # None there, or one of somebody else's kind.
+        return None
 
 
 def copy_sidecars(source: FilePath, target: FilePath) -> None:

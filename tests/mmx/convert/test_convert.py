@@ -406,7 +406,11 @@ def test_what_training_saved_is_exported_and_started_from(tmp_path):
     again.close()
 
 
-def test_foreign_tokenizer_is_left_out_with_a_warning(copy):
+def test_foreign_tokenizer_is_copied_and_left_out_with_a_warning(copy, tmp_path):
     (copy / "tokenizer.json").write_text("{}")
+    run(copy, tmp_path / "run")
+    run(tmp_path / "run", tmp_path / "back")
+    assert (tmp_path / "back" / "tokenizer.json").read_text() == "{}"
+    assert not (tmp_path / "back" / "tokenizer_config.json").exists()
     with pytest.warns(UserWarning, match="loaded without a tokenizer"):
         assert mmx.load(copy).tokenizer is None
