@@ -28,6 +28,7 @@ setup(
         "ml_collections>=1.1,<2",
         "tokenizers>=0.22,<0.24",
         "numpy>=2.0,<3",
+        "ml_dtypes>=0.5",
         "tensorboardX>=2.6.5,<3",
         "matplotlib>=3.10,<4",
     ],

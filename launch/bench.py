@@ -3,6 +3,7 @@
   python -m launch.bench --cpu
   python -m launch.bench --gpu --output=gpu.json
   python -m launch.bench --parallel
+  python -m launch.bench --conversion
 
 On a CPU: tokens a second of a training step, a prefill and a decode step against Transformers' MiniMaxForCausalLM in
 PyTorch (where both are installed) on the same small hybrid, and how the time per token grows with the length.
@@ -11,7 +12,10 @@ On one GPU: the model's numbers against the CPU's, the quickstart on both, light
 jax-linear-attention (where they are installed), forms of the experts' product, and training steps of
 configs/text_1b.py with a profile.
 
-On eight virtual CPU devices: LASP+ against LASP, and ring attention's balance in each layout of the sequence.
+On eight virtual CPU devices: LASP+ against LASP, ring attention's balance in each layout of the sequence, and (where
+libtpu is installed, from the program that it compiles) what of the exchange of tokens overlaps the experts.
+
+Conversion: speed and memory of launch.convert both ways on 3.8 GB of made-up weights, beside safetensors alone.
 """
 
 import json
@@ -23,19 +27,19 @@ from absl import flags
 
 from launch import program
 from mmx.bench.gpu.sections import SECTIONS, report
-from mmx.bench.parallel.report import report as compare_parallel
 from mmx.config import ConfigError, nearest
 
 _CPU = flags.DEFINE_bool("cpu", False, "Measure on the CPU against Transformers; about twenty minutes.")
 _GPU = flags.DEFINE_bool(
     "gpu", False, "Check and measure on the first GPU; about fourteen minutes, FLA's tuning takes four of them."
 )
+_PARALLEL = flags.DEFINE_bool("parallel", False, "Compare ways to spread work, on virtual devices; three minutes.")
+_CONVERSION = flags.DEFINE_bool("conversion", False, "Measure launch.convert; two minutes and 12 GB of disk.")
 _SECTIONS = flags.DEFINE_list("sections", list(SECTIONS), "Sections of the GPU report, in this order.")
 _SECTION_SECONDS = flags.DEFINE_float("section_seconds", 400, "Most that one section of the GPU report may take.")
 _LENGTHS = flags.DEFINE_list("lengths", ["1024", "4096", "16384"], "Tokens of a training step and of a prefill.")
 _TURNS = flags.DEFINE_integer("turns", 2, "Turns of each contestant at each length.", lower_bound=1)
 _THREADS = flags.DEFINE_integer("threads", 2, "CPU cores that each contestant may use.", lower_bound=1)
-_PARALLEL = flags.DEFINE_bool("parallel", False, "Compare ways to split a sequence, on virtual devices; a minute.")
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file for the results.")
 
 # Large pages for large arrays, for all contestants alike. The C library reads it when a process starts.
@@ -48,14 +52,11 @@ _GPU_MEMORY = {"XLA_PYTHON_CLIENT_PREALLOCATE": "true", "XLA_PYTHON_CLIENT_MEM_F
 
 def run() -> None:
     """Runs the chosen part."""
-    if _CPU.value + _GPU.value + _PARALLEL.value != 1:
-        raise ConfigError("choose what to measure: --cpu, --gpu or --parallel")
-    if _CPU.value:
-        _on_cpu()
-    elif _GPU.value:
-        _on_gpu()
-    else:
-        compare_parallel(_say, Path(_OUTPUT.value) if _OUTPUT.value else None)
+    chosen = [measure for flag, measure in _PARTS if flag.value]
+    if len(chosen) != 1:
+        names = [f"--{flag.name}" for flag, _ in _PARTS]
+        raise ConfigError(f"choose one thing to measure: {', '.join(names[:-1])} or {names[-1]}")
+    chosen[0]()
     if _OUTPUT.value:
         print(f"wrote {_OUTPUT.value}", file=sys.stderr)
 
@@ -85,6 +86,28 @@ def _on_gpu() -> None:
     for variable, value in _GPU_MEMORY.items():
         os.environ.setdefault(variable, value)
     report(_SECTIONS.value, _SECTION_SECONDS.value, _say, Path(_OUTPUT.value) if _OUTPUT.value else None)
+
+
+def _on_virtual_devices() -> None:
+    from mmx.bench.parallel.report import report
+
+    report(_say, Path(_OUTPUT.value) if _OUTPUT.value else None)
+
+
+def _of_conversion() -> None:
+    from mmx.bench.conversion import measure
+
+    results = measure(_TURNS.value, _say)
+    if _OUTPUT.value:
+        Path(_OUTPUT.value).write_text(json.dumps(results, indent=2) + "\n")
+
+
+_PARTS = (
+    (_CPU, _on_cpu),
+    (_GPU, _on_gpu),
+    (_PARALLEL, _on_virtual_devices),
+    (_CONVERSION, _of_conversion),
+)
 
 
 def _say(line: str) -> None:

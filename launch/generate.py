@@ -10,7 +10,9 @@ from absl import flags
 from launch import program
 from mmx.config import ConfigError
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a run, or one of its checkpoints.", required=True)
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "Workdir of a run, one of its checkpoints, or a Hugging Face directory.", required=True
+)
 _PROMPT = flags.DEFINE_string("prompt", "", "Text to continue; empty starts a new document.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "Most tokens to add.", lower_bound=1)
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the most likely token each time.", lower_bound=0.0)
@@ -25,7 +27,9 @@ def run() -> None:
 
     model = mmx.load(_CHECKPOINT.value)
     if model.tokenizer is None:
-        raise ConfigError(f"{_CHECKPOINT.value} has no tokenizer.json: give the workdir that launch.pretrain wrote")
+        raise ConfigError(
+            f"{_CHECKPOINT.value} has no tokenizer.json with marks of documents, as launch.prepare trains"
+        )
     tokenizer = model.tokenizer
     # The prompt stands at the beginning of a document, as in training.
     prompt = [tokenizer.begin_of_document, *tokenizer.encode(_PROMPT.value)]

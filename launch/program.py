@@ -56,7 +56,8 @@ def _parse(argv: Sequence[str]) -> list[str]:
         except SystemExit:
             sys.exit(0)  # Only --help and its kin leave here, and absl calls that a failure.
         except flags.Error as error:
-            raise ConfigError(_FLAG_MISSING.sub(r"--\1 is missing", str(error))) from None
+            first = str(error).splitlines()[0]  # One line for each required flag that is missing.
+            raise ConfigError(_FLAG_MISSING.sub(r"--\1 is missing", first)) from None
     # Libraries log progress of their own at lower levels; --verbosity brings it back.
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.ERROR)

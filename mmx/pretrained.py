@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmx.config import ConfigError, ModelConfig
+from mmx.convert.config import is_huggingface
+from mmx.convert.load import load_huggingface
 from mmx.data.prepare import TOKENIZER
 from mmx.data.tokenizer import Tokenizer
 from mmx.generate import generate
 from mmx.model.text import Params, bind
-from mmx.train.checkpoint import load_params
-from mmx.train.loop import CHECKPOINTS
+from mmx.train.checkpoint import find_checkpoints, load_params
 
 
 @dataclasses.dataclass
@@ -81,27 +83,30 @@ class Model:
 
 
 def load(directory: str | Path) -> Model:
-    """Loads a model from a run's workdir (its newest checkpoint) or from one checkpoint, ``workdir/checkpoints/STEP``.
+    """Loads a model onto the mesh in scope, or onto the first device without one.
+
+    Args:
+      directory: a run's workdir (its newest checkpoint), one checkpoint, ``workdir/checkpoints/STEP``, or a Hugging
+        Face directory of the MiniMax-01 text family, of the released layout or Transformers' own.
 
     Raises:
-      ConfigError: if there is no checkpoint.
+      ConfigError: if there is no checkpoint, or it is damaged.
     """
     directory = Path(directory)
-    if not directory.is_dir():
-        raise ConfigError(f"{directory} is not a directory")
-    if (directory / CHECKPOINTS).is_dir():
-        workdir, step = directory, None
-    elif directory.parent.name == CHECKPOINTS and directory.name.isdigit():
-        workdir, step = directory.parent.parent, int(directory.name)
-    elif any(directory.glob("*.safetensors")):
-        raise ConfigError(
-            f"{directory} holds a Hugging Face checkpoint, which mmx does not read yet (README, 'Not yet')"
-        )
-    else:
-        raise ConfigError(f"{directory} holds no checkpoints: give the workdir of a run or one of its checkpoints")
-    config, params = load_params(workdir / CHECKPOINTS, step)
-    tokenizer = Tokenizer.load(workdir / TOKENIZER) if (workdir / TOKENIZER).exists() else None
-    return Model(config, params, tokenizer)
+    if directory.is_dir() and is_huggingface(directory):
+        return Model(*load_huggingface(directory), _tokenizer(directory / TOKENIZER))
+    folder, step = find_checkpoints(directory)
+    config, params = load_params(folder, step)
+    return Model(config, params, _tokenizer(folder.parent / TOKENIZER))
+
+
+def _tokenizer(path: Path) -> Tokenizer | None:
+    """A checkpoint's tokenizer; None if it has none, or one without the marks of documents that ours need."""
+    try:
+        return Tokenizer.load(path) if path.exists() else None
+    except ConfigError as error:
+        warnings.warn(f"loaded without a tokenizer: {error}", stacklevel=3)
+        return None
 
 
 @functools.cache

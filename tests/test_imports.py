@@ -16,14 +16,17 @@ ALLOWED = {
     "mmx.train": {"mmx.config", "mmx.parallel", "mmx.model", "mmx.data", "pallas_kernels"},
     "mmx.plan": {"mmx.config", "mmx.parallel", "mmx.model", "mmx.train", "pallas_kernels"},
     "mmx.generate": {"mmx.config", "mmx.parallel", "mmx.model", "pallas_kernels"},
+    "mmx.convert": {"mmx.config", "mmx.model", "mmx.data", "mmx.train", "pallas_kernels"},
     "mmx.bench": {
-        *("configs", "mmx.config", "mmx.parallel", "mmx.model", "mmx.train", "mmx.plan", "mmx.generate"),
+        *("configs", "mmx.config", "mmx.parallel", "mmx.model", "mmx.train", "mmx.plan", "mmx.generate", "mmx.convert"),
         "pallas_kernels",
     },
-    "mmx.pretrained": {"mmx.config", "mmx.model", "mmx.data", "mmx.train", "mmx.generate"},
+    "mmx.pretrained": {"mmx.config", "mmx.convert", "mmx.model", "mmx.data", "mmx.train", "mmx.generate"},
     "mmx": {"mmx.pretrained"},
     "configs": {"mmx.config"},
-    "launch": {"mmx", "mmx.bench", "mmx.config", "mmx.data", "mmx.parallel", "mmx.train", "mmx.generate"},
+    "launch": {
+        *("mmx", "mmx.bench", "mmx.config", "mmx.convert", "mmx.data", "mmx.parallel", "mmx.train", "mmx.generate"),
+    },
 }
 LOCAL = ("pallas_kernels", "mmx", "configs", "launch", "tests")
 

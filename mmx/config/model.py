@@ -18,6 +18,7 @@ AUX_LOSS_FORMS = ("paper", "released")
 # Name -> slices of a row that each device of mesh.context holds.
 SEQUENCE_LAYOUTS = {"contiguous": 1, "zigzag": 2, "balanced": 8}
 EXPERT_EXCHANGES = ("auto", "padded", "ragged", "gather")
+SLOPE_RULES = ("released", "transformers")
 _POSITIVE = (
     "vocab_size",
     "hidden_size",
@@ -52,6 +53,9 @@ class ModelConfig:
     # Channels of each softmax head that RoPE rotates, counted from the first; the rest pass through.
     rotary_dim: int = 32
     rope_base: float = 10_000.0
+    # Whose decay slopes the lightning layers have: the released code's, or those of Transformers' port, which are
+    # others where num_heads is no power of two (pallas_kernels/lightning_attention/decay.py). Set by conversion.
+    slope_rule: str = "released"
 
     num_experts: int = 4
     experts_per_token: int = 2
@@ -150,6 +154,7 @@ class ModelConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(f"model.{name}={value} must be greater than 0")
+        _require_choice("model.slope_rule", self.slope_rule, SLOPE_RULES)
         _require_choice("model.aux_loss_form", self.aux_loss_form, AUX_LOSS_FORMS)
         _require_choice("model.dtype", self.dtype, DTYPES)
         _require_choice("model.param_dtype", self.param_dtype, DTYPES)

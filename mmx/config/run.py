@@ -112,10 +112,12 @@ class TrainConfig:
 
 @dataclasses.dataclass
 class CheckpointConfig:
-    """When the state is saved, and how many saves stay."""
+    """When the state is saved, how many saves stay, and what a fresh run starts from."""
 
     every: int = 100
     keep: int = 2
+    # Parameters that a fresh run starts from: a workdir, or one of its checkpoints; empty draws them at random.
+    initial: str = ""
 
 
 @dataclasses.dataclass

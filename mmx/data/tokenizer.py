@@ -96,6 +96,10 @@ class Tokenizer:
         """Text of token ids, special tokens left out; bytes that are no UTF-8 become U+FFFD."""
         return self._inner.decode([int(i) for i in ids], skip_special_tokens=True)
 
+    def token_name(self, token: int) -> str:
+        """How the vocabulary spells a token, special ones included."""
+        return self._inner.id_to_token(token)
+
     def token_text(self, token: int) -> bytes:
         """The bytes that one token stands for, which need not be whole characters; none for a special token."""
         if token >= self.vocab_size or token in self._inner.get_added_tokens_decoder():

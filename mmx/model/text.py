@@ -191,7 +191,8 @@ class TextModel(nnx.Module):
         """Runs ``layer(x, (block, slopes, *inputs)) -> (x, outputs)`` over all layers; outputs by run, [P, R, ...]."""
         config = self.config
         periods, runs = layer_runs(config.layer_pattern)
-        slopes_LH = np.stack([layer_slopes(config.num_heads, n, config.num_layers) for n in range(config.num_layers)])
+        L, rule = config.num_layers, config.slope_rule
+        slopes_LH = np.stack([layer_slopes(config.num_heads, n, L, rule) for n in range(L)])
         slopes_PLH = slopes_LH.reshape(periods, -1, config.num_heads)
 
         def period(x, inputs):

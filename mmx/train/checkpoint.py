@@ -9,19 +9,25 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from flax import serialization
+from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from mmx.config import CheckpointConfig, ConfigError, ModelConfig, from_dict, to_dict
-from mmx.model.text import init_params
+from mmx.model.text import init_params, parameter_specs
 from mmx.train.step import TrainState
 
+CHECKPOINTS = "checkpoints"  # within a workdir
 DAMAGED = "damaged"
+# Items of a checkpoint.
+STATE, PROGRESS, MODEL = "state", "progress", "model"
+# In the progress of a checkpoint without a run: launch.convert wrote its parameters, and there is nothing else.
+PARAMETERS_ONLY = "parameters_only"
 
 
 @dataclasses.dataclass
@@ -50,10 +56,11 @@ class Checkpoints:
         """
         self._manager.wait_until_finished()  # As saving would: the room that is left is known only then.
         self._require_room(state)
+        values = _to_dict(state)
         self._manager.save(
             progress.step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_to_dict(state)),
+                state=ocp.args.StandardSave(values, save_args=_save_args(values)),
                 progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
                 model=ocp.args.JsonSave(to_dict(model)),
             ),
@@ -91,6 +98,11 @@ class Checkpoints:
                     step, args=ocp.args.Composite(model=ocp.args.JsonRestore(), progress=ocp.args.JsonRestore())
                 )
                 _require_same(from_dict(saved["model"], ModelConfig), model, self._folder / str(step))
+                if PARAMETERS_ONLY in saved["progress"]:
+                    raise ConfigError(
+                        f"{self._folder.parent} holds converted parameters and no run: train in another workdir, "
+                        f"with --config.checkpoint.initial={self._folder.parent}"
+                    )
                 target = ocp.args.Composite(state=ocp.args.StandardRestore(_to_dict(abstract)))
                 state = serialization.from_state_dict(abstract, self._manager.restore(step, args=target)["state"])
                 return state, Progress(**saved["progress"])
@@ -125,7 +137,7 @@ class Checkpoints:
 
 
 def load_params(folder: Path, step: int | None = None) -> tuple[ModelConfig, dict[str, Any]]:
-    """Parameters and model configuration of a checkpoint, on this process's first device.
+    """Parameters and model configuration of a checkpoint: on the mesh in scope, or on the first device without one.
 
     Args:
       folder: of the run's checkpoints.
@@ -141,13 +153,43 @@ def load_params(folder: Path, step: int | None = None) -> tuple[ModelConfig, dic
         model = from_dict(
             manager.restore(step, args=ocp.args.Composite(model=ocp.args.JsonRestore()))["model"], ModelConfig
         )
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        mesh, device = jax.sharding.get_mesh(), SingleDeviceSharding(jax.local_devices()[0])
+        place = lambda x, spec: jax.ShapeDtypeStruct(  # noqa: E731
+            x.shape, x.dtype, sharding=device if mesh.empty else NamedSharding(mesh, spec)
+        )
         abstract = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
-        target = {"params": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract)}
+        target = {"params": jax.tree.map(place, abstract, parameter_specs(model))}
         restore = ocp.args.PyTreeRestore(
             target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
         )
         return model, manager.restore(step, args=ocp.args.Composite(state=restore))["state"]["params"]
+
+
+def find_checkpoints(directory: Path) -> tuple[Path, int | None]:
+    """The folder of checkpoints that a path means, and the step: a workdir means its newest (None).
+
+    Raises:
+      ConfigError: if the path is neither a workdir with checkpoints nor one of them.
+    """
+    if not directory.is_dir():
+        raise ConfigError(f"{directory} is not a directory")
+    if (directory / CHECKPOINTS).is_dir():
+        return directory / CHECKPOINTS, None
+    if directory.parent.name == CHECKPOINTS and directory.name.isdigit():
+        return directory.parent, int(directory.name)
+    raise ConfigError(f"{directory} holds no checkpoints: give the workdir of a run or one of its checkpoints")
+
+
+def load_initial(directory: Path, model: ModelConfig) -> dict[str, Any]:
+    """Parameters that a run of ``model`` starts from, in its dtype, laid out as ``load_params`` does.
+
+    Raises:
+      ConfigError: if there are none, or they are of another model.
+    """
+    saved, params = load_params(*find_checkpoints(directory))
+    _require_same(saved, model, directory, _SHAPES | _ARITHMETIC)
+    shapes = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
+    return jax.tree.map(lambda x, shape: x.astype(shape.dtype), params, shapes)
 
 
 def _to_dict(state: TrainState) -> dict[str, Any]:
@@ -155,14 +197,31 @@ def _to_dict(state: TrainState) -> dict[str, Any]:
     return serialization.to_state_dict(state)
 
 
-def _require_same(saved: ModelConfig, wanted: ModelConfig, path: Path) -> None:
+def _save_args(values: dict[str, Any]) -> dict[str, Any]:
+    """Chunks of one layer, and of one expert in it, so that a conversion can read them one by one in bounded memory."""
+
+    def chunk(path: Any, x: Any) -> ocp.SaveArgs:
+        keys = {getattr(key, "key", None) for key in path}
+        stacked = 0 if "runs" not in keys else 3 if "experts" in keys else 2
+        return ocp.SaveArgs(shard_axes=tuple(range(min(stacked, getattr(x, "ndim", 0)))))
+
+    return jax.tree_util.tree_map_with_path(chunk, values)
+
+
+def _require_same(saved: ModelConfig, wanted: ModelConfig, path: Path, fields: Set[str] | None = None) -> None:
     """Raises ConfigError if a checkpoint's parameters are not those of the wanted model."""
+    fields = _SHAPES if fields is None else fields
     for field in dataclasses.fields(ModelConfig):
-        old, new = getattr(saved, field.name), getattr(wanted, field.name)
-        if field.name in _SHAPES and old != new:
+        old, new = (_value(config, field.name) for config in (saved, wanted))
+        if field.name in fields and old != new:
             raise ConfigError(
                 f"{path} has model.{field.name}={old!r} and this run has {new!r}: use another workdir or the same model"
             )
+
+
+def _value(config: ModelConfig, field: str) -> Any:
+    """A field as it takes effect: an alpha that is not given has a value all the same."""
+    return config.alpha(field.removesuffix("_alpha")) if field.endswith("_alpha") else getattr(config, field)
 
 
 # Fields that decide the shapes of parameters; the others may change between runs.
@@ -178,5 +237,17 @@ _SHAPES = frozenset(
         "num_experts",
         "expert_hidden_size",
         "tie_embeddings",
+    }
+)
+
+# Fields that decide what the same parameters compute. RoPE's base is not among them: context extension changes it.
+_ARITHMETIC = frozenset(
+    {
+        "experts_per_token",
+        "rotary_dim",
+        "slope_rule",
+        "postnorm",
+        "norm_eps",
+        *(f"{branch}_{scale}" for branch in ("lightning", "softmax", "experts") for scale in ("alpha", "beta")),
     }
 )

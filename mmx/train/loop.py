@@ -24,18 +24,17 @@ from mmx.data.prepare import TOKENIZER
 from mmx.parallel import build_mesh
 from mmx.parallel.compiler import compiler_options
 from mmx.parallel.sequence_layout import SequenceLayout
-from mmx.train.checkpoint import Checkpoints, Progress
+from mmx.train.checkpoint import CHECKPOINTS, Checkpoints, Progress, load_initial
 from mmx.train.console import Console
 from mmx.train.evaluate import HeldoutLoss, heldout_loss, heldout_sums
 from mmx.train.metrics import MetricsWriter
 from mmx.train.optimizer import build_optimizer
 from mmx.train.placement import BatchPlacement
 from mmx.train.schedule import learning_rate
-from mmx.train.step import StepMetrics, TrainState, abstract_state, init_state, train_step
+from mmx.train.step import StepMetrics, TrainState, abstract_state, init_state, start_state, train_step
 from mmx.train.stop import StopRequest, stop_on_signals
 from mmx.train.throughput import document_lengths, utilisation
 
-CHECKPOINTS = "checkpoints"
 CONFIG = "config.json"
 
 
@@ -117,8 +116,13 @@ class _Session:
             self._batches.set_state(progress.data)
             self._console.say(f"resuming from step {progress.step}")
             return state, progress
+        progress = Progress(step=0, tokens=0, data=self._batches.get_state())
+        if run.checkpoint.initial:
+            self._console.say(f"starting from the parameters of {run.checkpoint.initial}")
+            params = load_initial(Path(run.checkpoint.initial), run.model)
+            return jax.jit(functools.partial(start_state, self._optimizer))(params), progress
         init = functools.partial(init_state, run.model, self._optimizer, run.train.seed)
-        return jax.jit(init)(), Progress(step=0, tokens=0, data=self._batches.get_state())
+        return jax.jit(init)(), progress
 
     def _write_workdir(self) -> None:
         if self._is_writer:

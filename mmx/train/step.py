@@ -37,7 +37,11 @@ class StepMetrics(NamedTuple):
 
 def init_state(config: ModelConfig, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
     """A fresh state, the same for the same seed on any mesh. Call it under ``jax.jit``."""
-    params = init_params(config, jax.random.key(seed))
+    return start_state(optimizer, init_params(config, jax.random.key(seed)))
+
+
+def start_state(optimizer: optax.GradientTransformation, params: Params) -> TrainState:
+    """The state of a run that starts from given parameters. Call it under ``jax.jit``."""
     return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
 

@@ -60,12 +60,33 @@ def test_report(tmp_path):
     assert "does not exist" in mistake("report", f"--workdir={tmp_path}")
 
 
+def test_convert(tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    pickles = tmp_path / "pickles"
+    pickles.mkdir()
+    (pickles / "config.json").write_text('{"model_type": "minimax_m1"}')
+    (pickles / "pytorch_model.bin").write_bytes(b"")
+    target = f"--target={tmp_path / 'out'}"
+    for flags, sentence in (
+        ([], "--source is missing"),
+        ([f"--source={empty}"], "--target is missing"),
+        ([f"--source={tmp_path / 'none'}", target], "is not a directory"),
+        ([f"--source={empty}", target], "holds no checkpoints"),
+        ([f"--source={pickles}", target], "lacks 'vocab_size'"),
+        ([f"--source={empty}", target, "--shard_size=five"], "'five' is no size: write it as in 5GB"),
+        ([f"--source={empty}", target, "--layout=torch"], "should be one of <released|transformers>"),
+    ):
+        assert sentence in mistake("convert", *flags), flags
+    assert not (tmp_path / "out").exists()
+
+
 def test_bench():
     assert "choose what to measure" in mistake("bench")
     assert "no section 'atention'; did you mean 'attention'?" in mistake("bench", "--gpu", "--sections=atention")
 
 
-@pytest.mark.parametrize("program", ["prepare", "pretrain", "generate", "report", "bench"])
+@pytest.mark.parametrize("program", ["prepare", "pretrain", "generate", "convert", "report", "bench"])
 def test_help(program):
     result = run(program, "--help")
     assert result.returncode == 0

@@ -185,6 +185,17 @@ def test_slopes_follow_the_released_code():
     np.testing.assert_allclose(layer_slopes(64, 40, 80), head_slopes(64) * (1 - 40 / 79 + 1e-5), rtol=1e-6)
 
 
+def test_slopes_by_the_rule_of_transformers():
+    np.testing.assert_allclose(head_slopes(6, "transformers"), 2.0 ** (-8 / 6 * np.arange(1, 7)), rtol=1e-6)
+    np.testing.assert_array_equal(head_slopes(16, "transformers"), head_slopes(16))
+    assert layer_factor(0, 1, "transformers") == pytest.approx(1 + 1e-5)
+    for layer in range(79):
+        assert layer_factor(layer, 80, "transformers") == pytest.approx(layer_factor(layer, 80), rel=1e-5)
+    assert layer_factor(79, 80, "transformers") == pytest.approx(1.0127e-5, rel=1e-4)
+    with pytest.raises(ValueError, match="slope rule 'alibi' is neither"):
+        layer_slopes(4, 0, 2, "alibi")
+
+
 def test_mistakes_are_named():
     q = jnp.zeros((1, 4, 2, 8))
     slopes = jnp.ones(2)

@@ -18,6 +18,7 @@ MODEL_MISTAKES = {
     "dtype='float16' is not one of 'float32', 'bfloat16'": {"dtype": "float16"},
     "remat='some' is not one of": {"remat": "some"},
     "capacity_factor=-1.0 is negative": {"capacity_factor": -1.0},
+    "slope_rule='alibi' is not one of 'released', 'transformers'": {"slope_rule": "alibi"},
     "aux_loss_form='z' is not one of": {"aux_loss_form": "z"},
     "softmax_alpha=0.0 must be greater than 0": {"softmax_alpha": 0.0},
     "sequence_layout='striped' is not one of": {"sequence_layout": "striped"},
