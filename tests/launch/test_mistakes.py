@@ -82,7 +82,7 @@ def test_convert(tmp_path):
 
 
 def test_bench():
-    assert "choose what to measure" in mistake("bench")
+    assert "choose one thing to measure" in mistake("bench")
     assert "no section 'atention'; did you mean 'attention'?" in mistake("bench", "--gpu", "--sections=atention")
 
 

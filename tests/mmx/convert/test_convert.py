@@ -117,12 +117,12 @@ def test_onto_a_mesh_each_device_its_own_part(original, monkeypatch):
     monkeypatch.setattr(safetensors, "read_box", counting)
     _, whole = load_huggingface(original)
     bytes_of_one, read[:] = sum(read), []
-    with jax.set_mesh(build_mesh(MeshConfig(fsdp=2, replica=2))):
+    with jax.set_mesh(build_mesh(MeshConfig(fsdp=2, expert=2, tensor=2))):
         _, split = load_huggingface(original)
     jax.tree.map(np.testing.assert_array_equal, whole, split)
     down = split["runs"]["0_lightning"]["experts"]["down"]
-    assert {shard.data.shape[-1] for shard in down.addressable_shards} == {12}
-    # Halves and replicas on four devices of one process: every value is read once.
+    assert {(shard.data.shape[2], shard.data.shape[-1]) for shard in down.addressable_shards} == {(2, 6)}
+    # Parts and replicas on eight devices of one process: every value is read once.
     assert sum(read) == bytes_of_one
 
 
@@ -394,10 +394,10 @@ def test_what_training_saved_is_exported_and_started_from(tmp_path):
     assert (entries["bos_token"], entries["eos_token"]) == ("<begin_of_document>", "<end_of_document>")
 
     run(tmp_path / "hf", tmp_path / "again")
-    with jax.set_mesh(build_mesh(MeshConfig(fsdp=4))):
+    with jax.set_mesh(build_mesh(MeshConfig(fsdp=8))):
         start = load_initial(tmp_path / "again", TINY)
     jax.tree.map(np.testing.assert_array_equal, start, tree)
-    assert start["runs"]["0_lightning"]["attention"]["query"].sharding.spec[2] in ("fsdp", ("fsdp",))
+    assert start["runs"]["0_lightning"]["attention"]["query"].sharding.shard_shape((2, 2, 24, 4, 8))[2] == 3
     with pytest.raises(ConfigError, match=r"model\.slope_rule='released' and this run has 'transformers'"):
         load_initial(tmp_path / "again", tiny(slope_rule="transformers"))
     again = Checkpoints(tmp_path / "again" / "checkpoints", CheckpointConfig(), print)
