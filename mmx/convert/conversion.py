@@ -122,6 +122,7 @@ def _clear(target: Path) -> None:
 def _export(export: Export, verify: bool, dry_run: bool, say: Say) -> None:
     plan = export.plan()
     if dry_run:
+        export.fields()  # Refuses what the layout cannot say.
         say(f"would write {_shards(plan)} into {export.target}: {_describe(export.config)}")
         return
     progress = _Progress("written", sum(shard.nbytes for shard in plan), say)

@@ -74,15 +74,18 @@ class Export:
         specs = [Spec(t.name, tensor_dtype(t.name, dtype), t.shape) for t in tensors(self.config)]
         return plan_shards(specs, self.shard_bytes)
 
+    def fields(self) -> dict[str, Any]:
+        """Its config.json. Raises ConfigError if the layout cannot say what the model is."""
+        dtype = self.dtype or self.config.param_dtype
+        return to_huggingface(self.config, self.layout, dtype, self.inert | self._token_ids())
+
     def run(self, progress: Callable[[int], None]) -> list[Shard]:
         """Writes everything; returns the shards.
 
         Raises:
           ConfigError: if the layout cannot say what the model is, the target holds something else, or there is no room.
         """
-        dtype = self.dtype or self.config.param_dtype
-        fields = to_huggingface(self.config, self.layout, dtype, self.inert | self._token_ids())
-        plan = self.plan()
+        fields, plan = self.fields(), self.plan()
         by_name: dict[str, Tensor] = {tensor.name: tensor for tensor in tensors(self.config)}
         writer = ShardWriter(self.target, plan, json.dumps([self.origin, fields], sort_keys=True))
         require_room(self.target, writer.nbytes_left)

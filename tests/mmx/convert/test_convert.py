@@ -280,6 +280,8 @@ def test_full_disk(original, ours, tmp_path, monkeypatch):
 def test_dry_run_writes_nothing(original, ours, tmp_path):
     assert "would write 23 arrays" in run(original, tmp_path / "a", dry_run=True)[-1]
     assert "would write 135 tensors in 6 shards" in run(ours, tmp_path / "b", dry_run=True)[-1]
+    with pytest.raises(ConfigError, match="computes other decay slopes for 6 heads"):
+        run(ours, tmp_path / "c", layout="transformers", dry_run=True)
     assert not list(tmp_path.iterdir())
 
 

@@ -40,7 +40,7 @@ def test_scan_equals_layers_one_by_one():
     from pallas_kernels.lightning_attention import layer_slopes
 
     positions = jnp.broadcast_to(jnp.arange(20), ids.shape)
-    context = Tokens(rope_table(positions, config.rotary_dim, config.rope_base), None, None)
+    context = Tokens(rope_table(positions, config.rotary_dim, config.rope_base), None, None, None)
     number = 0
     for period in range(periods):
         for run in runs:
@@ -167,6 +167,9 @@ def test_router_stays_float32():
 
 def test_parameter_specs_split_the_hidden_dimension():
     specs = parameter_specs(TINY)
-    assert specs["embedding"] == jax.P(None, ("fsdp",))
-    assert specs["runs"]["0_lightning"]["attention"]["query"] == jax.P(None, None, ("fsdp",), None, None)
-    assert specs["runs"]["0_lightning"]["experts"]["down"] == jax.P(None, None, None, None, ("fsdp",))
+    at_rest = ("fsdp", "expert", "expert_tensor", "context")
+    assert specs["embedding"] == jax.P(("tensor",), at_rest)
+    assert specs["runs"]["0_lightning"]["attention"]["query"] == jax.P(None, None, at_rest, ("tensor",), None)
+    assert specs["runs"]["0_lightning"]["experts"]["down"] == jax.P(
+        None, None, ("expert",), ("expert_tensor",), ("fsdp", "context", "tensor")
+    )
