@@ -18,10 +18,10 @@ from jax.ad_checkpoint import checkpoint_name
 from pallas_kernels.lightning_attention.tpu_backward import backward
 from pallas_kernels.lightning_attention.tpu_block import F32, Boundaries, Plan, Tiles
 from pallas_kernels.lightning_attention.tpu_forward import forward
+from pallas_kernels.lightning_attention.tpu_tiles import LANES, padded
 from pallas_kernels.segments import document_starts
 
 LIGHTNING_STATES = "lightning_attention_states"
-_LANES = 128
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
@@ -93,8 +93,9 @@ lightning_attention_tpu.defvjp(_forward_rule, _backward_rule)
 def _plan(q_BSHK, v_BSHV, segment_ids_BS, tiles, interpret) -> Plan:
     _, S, H, K = q_BSHK.shape
     heads = max(heads for heads in range(1, tiles.heads + 1) if H % heads == 0)
-    key, value = (-(-width // _LANES) * _LANES for width in (K, v_BSHV.shape[-1]))
-    return Plan(tiles, S, heads, key, value, q_BSHK.dtype, segment_ids_BS is not None, interpret)
+    return Plan(
+        tiles, S, heads, padded(K), padded(v_BSHV.shape[-1]), q_BSHK.dtype, segment_ids_BS is not None, interpret
+    )
 
 
 def _boundaries(segment_ids_BS: jax.Array | None, plan: Plan) -> Boundaries | None:
@@ -104,7 +105,7 @@ def _boundaries(segment_ids_BS: jax.Array | None, plan: Plan) -> Boundaries | No
 def _flatten(x_BSHD: jax.Array) -> jax.Array:
     """Heads side by side, each padded to whole lanes; nothing moves where the channels are a multiple of 128."""
     B, S, H, D = x_BSHD.shape
-    return jnp.pad(x_BSHD, ((0, 0), (0, 0), (0, 0), (0, -D % _LANES))).reshape(B, S, -1)
+    return jnp.pad(x_BSHD, ((0, 0), (0, 0), (0, 0), (0, -D % LANES))).reshape(B, S, -1)
 
 
 def _unflatten(x_BSD: jax.Array, heads: int, width: int) -> jax.Array:

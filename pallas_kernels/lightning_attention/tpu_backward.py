@@ -13,7 +13,16 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.lightning_attention.tpu_block import F32, Boundaries, Chunk, Plan, Tables, for_block, interleave
+from pallas_kernels.lightning_attention.tpu_block import (
+    F32,
+    Boundaries,
+    Chunk,
+    Place,
+    Plan,
+    Tables,
+    for_block,
+    interleave,
+)
 
 NAME = "lightning_attention_backward"
 _STAGES = 3
@@ -34,35 +43,36 @@ def backward(
     B, S, _ = q_BSD.shape
     H, G, K, V, N = slopes_H.shape[0], plan.heads, plan.key, plan.value, plan.blocks
     from_the_end = lambda n: N - 1 - n  # noqa: E731
-    state = pl.BlockSpec((None, G, K, V), lambda b, g, n: (b, g, 0, 0))
     return pl.pallas_call(
         functools.partial(_kernel, plan),
-        grid=(B, H // G, N),
-        in_specs=[
-            pl.BlockSpec(memory_space=pltpu.SMEM),
-            *(plan.tokens(width, from_the_end) for width in (K, K, V, V)),
-            plan.states(from_the_end),
-            state,
-            *plan.boundaries(from_the_end),
-        ],
-        out_specs=[*(plan.tokens(width, from_the_end) for width in (K, K, V)), state],
         out_shape=[
             *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q_BSD, k_BSD, v_BSD)),
             jax.ShapeDtypeStruct((B, H, K, V), F32),
         ],
-        scratch_shapes=[
-            pltpu.VMEM((G, K, V), F32),
-            pltpu.VMEM((plan.chunks, G, K, V), plan.dtype),
-            *Tables.scratch(plan),
-        ],
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2 if boundaries else 1,
+            grid=(B, H // G, N),
+            in_specs=[
+                *plan.ends(from_the_end),
+                *(plan.tokens(width, from_the_end) for width in (K, K, V, V)),
+                plan.states(from_the_end),
+                plan.state(),
+            ],
+            out_specs=[*(plan.tokens(width, from_the_end) for width in (K, K, V)), plan.state()],
+            scratch_shapes=[
+                pltpu.VMEM((G, K, V), F32),
+                pltpu.VMEM((plan.chunks, G, K, V), plan.dtype),
+                *Tables.scratch(plan),
+            ],
+        ),
         name=NAME,
         **plan.call(operands=(K, K, V, V), results=(K, K, V), flops=plan.flops(B * S * H, backward=True)),
-    )(slopes_H, q_BSD, k_BSD, v_BSD, do_BSD, states_BNHKV, dfinal_BHKV, *(boundaries or ()))
+    )(slopes_H, *(boundaries or ()), q_BSD, k_BSD, v_BSD, do_BSD, states_BNHKV, dfinal_BHKV)
 
 
-def _kernel(plan: Plan, slopes_H, q_TD, k_TD, v_TD, do_TD, states_GKV, dfinal_GKV, *refs) -> None:
-    refs = list(refs)
-    boundaries = Boundaries(refs.pop(0), refs.pop(0)) if plan.segmented else None
+def _kernel(plan: Plan, slopes_H, *refs) -> None:
+    boundaries, refs = Boundaries.split(plan, refs)
+    q_TD, k_TD, v_TD, do_TD, states_GKV, dfinal_GKV, *refs = refs
     dq_TD, dk_TD, dv_TD, dinitial_GKV, dcarried_GKV, entering_UGKV, *tables = refs
     tables = Tables(*tables)
     first_head, step = pl.program_id(1) * plan.heads, pl.program_id(2)
@@ -74,9 +84,9 @@ def _kernel(plan: Plan, slopes_H, q_TD, k_TD, v_TD, do_TD, states_GKV, dfinal_GK
         for head in range(plan.heads):
             tables.fill(head, slope(head))
 
-    def work(start: jax.Array | None) -> None:
+    def work(place: Place | None) -> None:
         heads = range(plan.heads)
-        chunks = [Chunk(plan, tables, slope, c, start, boundaries) for c in range(plan.chunks)]
+        chunks = [Chunk(plan, tables, slope, boundaries, place, c) for c in range(plan.chunks)]
         for head in heads:
             entering_UGKV[0, head] = states_GKV[head].astype(plan.dtype)
         state = {head: states_GKV[head] for head in heads}

@@ -7,8 +7,8 @@ blocks hide latency and leave fewer states behind, and the two are independent.
 Per-head tables of decay factors are built once a program. Every factor is exp of a difference that is <= 0. A block
 that holds a document boundary, or the end of the row, masks the tables; any other block takes them as they are.
 
-Shapes: B batch, S tokens, G heads of a program, N blocks, T tokens of a block, C tokens of a chunk (i and j index
-them), M marks of a block, K key channels, V value channels, W = max(K, V), D heads x channels.
+Shapes: B batch, S tokens, G heads of a program, N blocks, T tokens of a block, U chunks, C tokens of a chunk (i and j
+index them), K key channels, V value channels, W = max(K, V), D heads x channels.
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 F32 = jnp.float32
+_MARK_BITS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,22 +66,22 @@ class Plan:
 
     def tokens(self, width: int, order: Callable) -> pl.BlockSpec:
         """Blocks of an operand [B, S, H x width]; ``order`` maps the grid's step to a block."""
-        return pl.BlockSpec((None, self.tiles.block, self.heads * width), lambda b, g, n: (b, order(n), g))
+        return pl.BlockSpec((None, self.tiles.block, self.heads * width), lambda b, g, n, *_: (b, order(n), g))
 
     def states(self, order: Callable) -> pl.BlockSpec:
         """Blocks of the states [B, N, H, K, V]."""
         shape = (None, None, self.heads, self.key, self.value)
-        return pl.BlockSpec(shape, lambda b, g, n: (b, order(n), g, 0, 0))
+        return pl.BlockSpec(shape, lambda b, g, n, *_: (b, order(n), g, 0, 0))
 
-    def boundaries(self, order: Callable) -> list[pl.BlockSpec]:
-        """Blocks of ``Boundaries``."""
+    def state(self) -> pl.BlockSpec:
+        """The block of a state [B, H, K, V]."""
+        return pl.BlockSpec((None, self.heads, self.key, self.value), lambda b, g, n, *_: (b, g, 0, 0))
+
+    def ends(self, order: Callable) -> list[pl.BlockSpec]:
+        """Blocks of ``Boundaries.ends``."""
         if not self.segmented:
             return []
-        marks = (None, None, 1, 2 * self.chunks + 1)
-        return [
-            pl.BlockSpec((None, 1, self.tiles.block), lambda b, g, n: (b, 0, order(n))),
-            pl.BlockSpec(marks, lambda b, g, n: (b, order(n), 0, 0), memory_space=pltpu.SMEM),
-        ]
+        return [pl.BlockSpec((None, 1, self.tiles.block), lambda b, g, n, *_: (b, 0, order(n)))]
 
     def dot(self, left: jax.Array, right: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:
         """Matrix product accumulated in fp32; fp32 operands keep their precision."""
@@ -156,45 +157,71 @@ class Weights(NamedTuple):
 class Boundaries(NamedTuple):
     """Where documents begin. Positions count from the start of a chunk, and C stands for one behind it.
 
-    As arrays of a whole call: ends [B, 1, N x T], marks [B, N, 1, M]; in a kernel: those of a block.
+    As arrays of a whole call: marks [B x N x U], ends [B, 1, N x T]; in a kernel: all marks, which are prefetched
+    scalars, and a block of ends.
     """
 
+    marks: Any  # first and last document start of each chunk (C and 0 if none), packed
     ends: Any  # end of each token's document
-    marks: Any  # for each chunk its first and its last document start (C and 0 if none); then 1 if there is none at all
 
     @classmethod
     def of(cls, starts_BS: jax.Array, tiles: Tiles) -> "Boundaries":
         """From the first tokens of documents, bool [B, S]."""
         B, S = starts_BS.shape
-        C, blocks = tiles.chunk, -(-S // tiles.block)
-        starts_BS = jnp.pad(starts_BS, ((0, 0), (0, blocks * tiles.block - S)))
-        starts_BNUC = starts_BS.reshape(B, blocks, -1, C)
+        C, padding = tiles.chunk, -S % tiles.block
+        starts_BUC = jnp.pad(starts_BS, ((0, 0), (0, padding))).reshape(B, -1, C)
         index_C = jnp.arange(C, dtype=jnp.int32)
-        next_BNUC = lax.cummin(jnp.where(starts_BNUC, index_C, C), axis=3, reverse=True)
-        first_BNU = next_BNUC[..., 0]
-        last_BNU = jnp.max(jnp.where(starts_BNUC, index_C, 0), axis=3)
-        ends_BNUC = jnp.pad(next_BNUC[..., 1:], ((0, 0), (0, 0), (0, 0), (0, 1)), constant_values=C)
-        free_BN1 = jnp.all(first_BNU == C, axis=2, keepdims=True).astype(jnp.int32)
-        marks_BNM = jnp.stack([first_BNU, last_BNU], axis=3).reshape(B, blocks, -1)
-        marks_BNM = jnp.concatenate([marks_BNM, free_BN1], axis=2)
-        return cls(ends_BNUC.reshape(B, 1, -1), marks_BNM[:, :, None])
+        next_BUC = lax.cummin(jnp.where(starts_BUC, index_C, C), axis=2, reverse=True)
+        last_BU = jnp.max(jnp.where(starts_BUC, index_C, 0), axis=2)
+        ends_BUC = jnp.pad(next_BUC[..., 1:], ((0, 0), (0, 0), (0, 1)), constant_values=C)
+        return cls((next_BUC[..., 0] << _MARK_BITS | last_BU).reshape(-1), ends_BUC.reshape(B, 1, -1))
+
+    @classmethod
+    def split(cls, plan: Plan, refs: Sequence[Any]) -> tuple["Boundaries | None", Sequence[Any]]:
+        """A kernel's references to these, if it has them, and its other references."""
+        return (cls(*refs[:2]), refs[2:]) if plan.segmented else (None, refs)
+
+    def first_and_last(self, chunk: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Unpacks the mark of one chunk, counted over all rows."""
+        mark = self.marks[chunk]
+        return mark >> _MARK_BITS, mark & (2**_MARK_BITS - 1)
+
+
+class Place(NamedTuple):
+    """Where a program is: a block, and the first chunk of the block counted over all rows."""
+
+    block: jax.Array
+    chunk: jax.Array
+
+    @classmethod
+    def of(cls, plan: Plan, block: jax.Array) -> "Place":
+        """For block ``block`` of the program's row."""
+        return cls(block, (pl.program_id(0) * plan.blocks + block) * plan.chunks)
 
 
 class Chunk:
     """One chunk of a block: its rows of the operands, and its decay factors."""
 
-    def __init__(self, plan: Plan, tables: Tables, slope: Callable, index: int, start, boundaries: Boundaries | None):
-        """``start`` is the block's first token where documents or the row may end inside, None where they do not."""
+    def __init__(
+        self,
+        plan: Plan,
+        tables: Tables,
+        slope: Callable,
+        boundaries: Boundaries | None,
+        place: Place | None,
+        index: int,
+    ):
+        """``place`` is None for a block that is full and free of boundaries."""
         C = plan.tiles.chunk
         self.index = index
         self._plan, self._tables, self._slope = plan, tables, slope
         self._rows = slice(index * C, (index + 1) * C)
-        self._careful = start is not None
+        self._careful = place is not None
         if self._careful:
-            self._length = jnp.clip(plan.length - start - index * C, 0, C)
+            self._length = jnp.clip(plan.length - place.block * plan.tiles.block - index * C, 0, C)
             self._first, self._last, self._same_CC = C, 0, None
             if boundaries is not None:
-                self._first, self._last = boundaries.marks[0, 2 * index], boundaries.marks[0, 2 * index + 1]
+                self._first, self._last = boundaries.first_and_last(place.chunk + index)
                 self._same_CC = _iota((C, C), 0) < boundaries.ends[:, self._rows]
 
     def take(self, operand_TD: Any, head: int, width: int) -> jax.Array:
@@ -227,15 +254,17 @@ class Chunk:
 
 
 def for_block(plan: Plan, block: jax.Array, boundaries: Boundaries | None, work: Callable) -> None:
-    """Runs ``work(start)`` for a block, as ``Chunk`` takes ``start``."""
+    """Runs ``work(place)`` for a block, as ``Chunk`` takes ``place``."""
     if not (plan.ragged or plan.segmented):
         work(None)
         return
+    place = Place.of(plan, block)
     plain = block < plan.blocks - 1 if plan.ragged else block >= 0
     if boundaries is not None:
-        plain &= boundaries.marks[0, 2 * plan.chunks] != 0
+        for chunk in range(plan.chunks):
+            plain &= boundaries.first_and_last(place.chunk + chunk)[0] == plan.tiles.chunk
     pl.when(plain)(lambda: work(None))
-    pl.when(jnp.logical_not(plain))(lambda: work(block * plan.tiles.block))
+    pl.when(jnp.logical_not(plain))(lambda: work(place))
 
 
 def interleave(items: Sequence[Iterator[None]], stages: int, lag: int) -> None:

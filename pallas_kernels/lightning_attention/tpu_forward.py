@@ -13,7 +13,16 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.lightning_attention.tpu_block import F32, Boundaries, Chunk, Plan, Tables, for_block, interleave
+from pallas_kernels.lightning_attention.tpu_block import (
+    F32,
+    Boundaries,
+    Chunk,
+    Place,
+    Plan,
+    Tables,
+    for_block,
+    interleave,
+)
 
 NAME = "lightning_attention_forward"
 _STAGES = 3
@@ -33,36 +42,34 @@ def forward(
     B, S, _ = q_BSD.shape
     H, G, K, V, N = slopes_H.shape[0], plan.heads, plan.key, plan.value, plan.blocks
     in_order = lambda n: n  # noqa: E731
-    state = pl.BlockSpec((None, G, K, V), lambda b, g, n: (b, g, 0, 0))
-    out_specs = [plan.tokens(V, in_order), state]
+    out_specs = [plan.tokens(V, in_order), plan.state()]
     out_shape = [jax.ShapeDtypeStruct((B, S, H * V), v_BSD.dtype), jax.ShapeDtypeStruct((B, H, K, V), F32)]
     if keep_states:
         out_specs.append(plan.states(in_order))
         out_shape.append(jax.ShapeDtypeStruct((B, N, H, K, V), F32))
     return pl.pallas_call(
         functools.partial(_kernel, plan, keep_states),
-        grid=(B, H // G, N),
-        in_specs=[
-            pl.BlockSpec(memory_space=pltpu.SMEM),
-            *(plan.tokens(width, in_order) for width in (K, K, V)),
-            state,
-            *plan.boundaries(in_order),
-        ],
-        out_specs=out_specs,
         out_shape=out_shape,
-        scratch_shapes=[pltpu.VMEM((G, K, V), F32), *Tables.scratch(plan)],
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2 if boundaries else 1,
+            grid=(B, H // G, N),
+            in_specs=[
+                *plan.ends(in_order),
+                *(plan.tokens(width, in_order) for width in (K, K, V)),
+                plan.state(),
+            ],
+            out_specs=out_specs,
+            scratch_shapes=[pltpu.VMEM((G, K, V), F32), *Tables.scratch(plan)],
+        ),
         name=NAME,
         **plan.call(operands=(K, K, V), results=(V,), flops=plan.flops(B * S * H, backward=False)),
-    )(slopes_H, q_BSD, k_BSD, v_BSD, initial_BHKV, *(boundaries or ()))
+    )(slopes_H, *(boundaries or ()), q_BSD, k_BSD, v_BSD, initial_BHKV)
 
 
-def _kernel(plan: Plan, keep_states: bool, slopes_H, q_TD, k_TD, v_TD, initial_GKV, *refs) -> None:
-    refs = list(refs)
-    boundaries = Boundaries(refs.pop(0), refs.pop(0)) if plan.segmented else None
-    o_TD, final_GKV = refs.pop(0), refs.pop(0)
-    states_GKV = refs.pop(0) if keep_states else None
-    carried_GKV, *tables = refs
-    tables = Tables(*tables)
+def _kernel(plan: Plan, keep_states: bool, slopes_H, *refs) -> None:
+    boundaries, refs = Boundaries.split(plan, refs)
+    q_TD, k_TD, v_TD, initial_GKV, o_TD, final_GKV, *states_GKV, carried_GKV, intra_GCC, query_GCW, key_GCW = refs
+    tables = Tables(intra_GCC, query_GCW, key_GCW)
     first_head, block = pl.program_id(1) * plan.heads, pl.program_id(2)
     slope = lambda head: slopes_H[first_head + head]  # noqa: E731
 
@@ -73,9 +80,9 @@ def _kernel(plan: Plan, keep_states: bool, slopes_H, q_TD, k_TD, v_TD, initial_G
             tables.fill(head, slope(head))
 
     if keep_states:
-        states_GKV[...] = carried_GKV[...]
+        states_GKV[0][...] = carried_GKV[...]
 
-    def work(start: jax.Array | None) -> None:
+    def work(place: Place | None) -> None:
         state = {head: carried_GKV[head] for head in range(plan.heads)}
 
         def one(chunk: Chunk, head: int) -> Iterator[None]:
@@ -97,7 +104,7 @@ def _kernel(plan: Plan, keep_states: bool, slopes_H, q_TD, k_TD, v_TD, initial_G
             chunk.put(o_TD, head, plan.value, o_CV)
             state[head] = w.carry_1W[:, : plan.value] * state[head] + plan.dot(k_decayed_CK, v_CV, (0, 0))
 
-        chunks = [Chunk(plan, tables, slope, c, start, boundaries) for c in range(plan.chunks)]
+        chunks = [Chunk(plan, tables, slope, boundaries, place, c) for c in range(plan.chunks)]
         interleave([one(chunk, head) for chunk in chunks for head in range(plan.heads)], _STAGES, plan.tiles.lag)
         for head, state_KV in state.items():
             carried_GKV[head] = state_KV

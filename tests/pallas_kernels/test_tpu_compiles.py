@@ -1,0 +1,138 @@
+"""Every TPU kernel through the real compiler at the real sizes, and its static cycles against a golden file.
+
+No TPU is needed: libtpu compiles for one that is not there. The compiler is a 300 MB package, and these tests are
+skipped where it is missing.
+"""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels.aot import CHIPS, ProfileError, compile_for_chip, compiler_version, missing_compiler
+from pallas_kernels.lightning_attention import lightning_attention, tpu_cases
+from pallas_kernels.lightning_attention.tpu_block import Tiles
+from pallas_kernels.lightning_attention.tpu_figures import Call
+from pallas_kernels.lightning_attention.tpu_tiles import choose_tiles
+from pallas_kernels.platform import target_platform
+
+pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "tpu_cycles.json"
+TARGETS = ("v5e", "v5p", "v6e", "tpu7x")
+# Cycles may grow by this much.
+BOUND = 1.05
+
+
+def gradient_program(documents):
+    """Outputs, final state and all gradients, from operands of one batch."""
+
+    def run(q, k, v, slopes, ids, state, do, dstate):
+        assert target_platform() == "tpu"
+        attend = lambda q, k, v, state: lightning_attention(  # noqa: E731
+            q, k, v, slopes, segment_ids_BS=ids if documents else None, initial_state_BHKV=state
+        )
+        outputs, pullback = jax.vjp(attend, q, k, v, state)
+        return outputs, pullback((do, dstate))
+
+    return run
+
+
+def shapes(B, S, H, K, V, dtype):
+    q, v = (jax.ShapeDtypeStruct((B, S, H, width), dtype) for width in (K, V))
+    slopes, ids = jax.ShapeDtypeStruct((H,), jnp.float32), jax.ShapeDtypeStruct((B, S), jnp.int32)
+    state = jax.ShapeDtypeStruct((B, H, K, V), jnp.float32)
+    return q, q, v, slopes, ids, state, v, state
+
+
+def compile_gradient(chip, documents, *size):
+    compiled = compile_for_chip(CHIPS[chip], gradient_program(documents), *shapes(*size))
+    text = compiled.as_text()
+    assert "lightning_attention_forward" in text
+    assert "lightning_attention_backward" in text
+    return compiled
+
+
+@pytest.mark.parametrize("chip", TARGETS)
+def test_released_shape_compiles(chip):
+    # 64 heads of 128 channels, packed documents, forward and backward in one program.
+    compile_gradient(chip, True, 1, 8192, 64, 128, 128, "bfloat16")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", ("v4", *TARGETS))
+@pytest.mark.parametrize(
+    "size",
+    [
+        (1, 1_048_576, 8, 128, 128, "bfloat16"),  # a million tokens, heads split over eight devices
+        (4, 1_048_576, 1, 128, 128, "bfloat16"),  # as many marks as the op lets through
+        (1, 1000, 3, 64, 64, "bfloat16"),
+        (2, 5, 2, 96, 128, "float32"),
+        (1, 8192, 4, 256, 256, "float32"),
+        (1, 8192, 64, 128, 128, "float32"),
+    ],
+    ids=str,
+)
+def test_other_shapes_compile(chip, size):
+    if chip == "v5e" and size[1] * size[0] * size[2] >= 2**22:
+        pytest.skip("operands and gradients of this size are more than the 16 GB of a v5e")
+    compile_gradient(chip, size[1] != 1000, *size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", TARGETS)
+def test_million_tokens_compile_forward(chip):
+    # All 64 heads on one device: 64 GiB of operands and outputs, on chips that hold them.
+    sizes = {"v5e": (131_072, 64), "v5p": (1_048_576, 64), "v6e": (262_144, 64), "tpu7x": (1_048_576, 64)}
+    S, H = sizes[chip]
+    run = lambda q, k, v, slopes, ids: lightning_attention(q, k, v, slopes, segment_ids_BS=ids)  # noqa: E731
+    compiled = compile_for_chip(CHIPS[chip], run, *shapes(1, S, H, 128, 128, "bfloat16")[:5])
+    assert "lightning_attention_forward" in compiled.as_text()
+
+
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_decode_compiles(tokens):
+    for chip in TARGETS:
+        function, sizes = tpu_cases.decode(batch=8, tokens=tokens, heads=64)
+        compiled = compile_for_chip(CHIPS[chip], function, *sizes)
+        assert "lightning_attention_decode" in compiled.as_text()
+
+
+def test_too_much_vmem_is_an_error():
+    tiles = Tiles(block=8192, chunk=128, heads=16, lag=2, fused=False)
+    call = Call("forward", 16384, 16, tiles)
+    function, sizes = tpu_cases.forward(**call.arguments)
+    with pytest.raises(Exception, match=r"(?i)vmem"):
+        compile_for_chip(CHIPS["v5e"], function, *sizes)
+
+
+def golden_calls():
+    """The calls in the golden file: with the sizes of the table, short enough to profile in seconds."""
+    for chip in TARGETS:
+        for kernel in ("forward", "backward"):
+            yield pytest.param(chip, kernel, id=f"{chip} {kernel}")
+
+
+@pytest.mark.parametrize(("chip", "kernel"), golden_calls())
+def test_static_cycles_have_not_grown(chip, kernel, write_golden):
+    golden = json.loads(GOLDEN.read_text())
+    version = compiler_version()
+    if not write_golden and version not in golden:
+        pytest.skip(f"the golden file has no cycles of libtpu {version}; write them with --write-golden")
+    tokens, heads = 2048, 8
+    q = jax.ShapeDtypeStruct((1, tokens, heads, 128), jnp.bfloat16)
+    tiles = dict(zip(("forward", "backward"), choose_tiles(q, q, CHIPS[chip].device_kind), strict=True))[kernel]
+    try:
+        cycles, _ = Call(kernel, tokens, heads, tiles).predict(CHIPS[chip])
+    except ProfileError as error:
+        if not write_golden and golden[version].get(f"{chip} {kernel}") is not None:
+            raise
+        pytest.skip(f"this compiler's profiler cannot follow the kernel: {error}")
+    if write_golden:
+        golden = json.loads(GOLDEN.read_text())
+        golden.setdefault(version, {})[f"{chip} {kernel}"] = round(cycles / (tokens * heads), 3)
+        GOLDEN.write_text(json.dumps(golden, indent=2, sort_keys=True) + "\n")
+        return
+    assert cycles / (tokens * heads) <= BOUND * golden[version][f"{chip} {kernel}"]
