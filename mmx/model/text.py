@@ -29,7 +29,7 @@ from mmx.model.parameters import weight, xavier
 from mmx.model.rope import rope_table
 from mmx.parallel import constrain, parameter_spec, spec
 from mmx.parallel.axes import GATHERED_WEIGHT
-from pallas_kernels.lightning_attention import layer_slopes
+from pallas_kernels.lightning_attention import LIGHTNING_STATES, layer_slopes
 from pallas_kernels.segments import document_positions
 
 Params = dict[str, Any]
@@ -210,7 +210,7 @@ def _remat(layer: Callable, policy: str) -> Callable:
         return layer  # Nothing was gathered, so there is nothing to leave out.
     policies = {
         "none": jax.checkpoint_policies.save_anything_except_these_names(GATHERED_WEIGHT),
-        "selective": jax.checkpoint_policies.save_only_these_names("attention", "routing"),
+        "selective": jax.checkpoint_policies.save_only_these_names("attention", LIGHTNING_STATES, "routing"),
         "full": jax.checkpoint_policies.nothing_saveable,
     }
     # Inside a scan nothing outside the layer could be merged with its recomputation.

@@ -47,7 +47,7 @@ def lightning_attention_tpu(
 
 
 def _forward(q_BSHK, k_BSHK, v_BSHV, slopes_H, segment_ids_BS, initial_BHKV, tiles, interpret, keep_states):
-    B, S, H, K = q_BSHK.shape
+    _, _, H, K = q_BSHK.shape
     V = v_BSHV.shape[-1]
     plan = _plan(q_BSHK, v_BSHV, segment_ids_BS, tiles, interpret)
     o_BSD, final_BHKV, *states = forward(
@@ -72,7 +72,7 @@ def _forward_rule(
 def _backward_rule(forward_tiles, backward_tiles, interpret, residuals, cotangents):
     q_BSHK, k_BSHK, v_BSHV, slopes_H, segment_ids_BS, states_BNHKV = residuals
     do_BSHV, dfinal_BHKV = cotangents
-    (B, S, H, K), V = q_BSHK.shape, v_BSHV.shape[-1]
+    (_, _, H, K), V = q_BSHK.shape, v_BSHV.shape[-1]
     plan = _plan(q_BSHK, v_BSHV, segment_ids_BS, backward_tiles, interpret)
     dq_BSD, dk_BSD, dv_BSD, dinitial_BHKV = backward(
         plan,
@@ -104,7 +104,7 @@ def _boundaries(segment_ids_BS: jax.Array | None, plan: Plan) -> Boundaries | No
 
 def _flatten(x_BSHD: jax.Array) -> jax.Array:
     """Heads side by side, each padded to whole lanes; nothing moves where the channels are a multiple of 128."""
-    B, S, H, D = x_BSHD.shape
+    B, S, _, D = x_BSHD.shape
     return jnp.pad(x_BSHD, ((0, 0), (0, 0), (0, 0), (0, -D % LANES))).reshape(B, S, -1)
 
 

@@ -1,8 +1,8 @@
 """What the forward and the backward TPU kernel share: how a row is cut, and the decay factors of a chunk.
 
-A program works on the heads of one group and walks through the row's blocks. A block is what one grid step moves; inside
-it, scores are formed within chunks and the state passes from chunk to chunk. Short chunks need fewer products, long
-blocks hide latency and leave fewer states behind, and the two are independent.
+A program works on the heads of one group and walks through the row's blocks. A block is what one grid step moves;
+inside it, scores are formed within chunks and the state passes from chunk to chunk. Short chunks need fewer products,
+long blocks hide latency and leave fewer states behind, and the two are independent.
 
 Per-head tables of decay factors are built once a program. Every factor is exp of a difference that is <= 0. A block
 that holds a document boundary, or the end of the row, masks the tables; any other block takes them as they are.

@@ -89,8 +89,11 @@ def _kernel(S, G, slopes_H, q_SGK, k_SGK, v_SGV, state_GKV, o_SGV, new_state_GKV
 
 def _columns(rows_RK: jax.Array) -> jax.Array:
     """The transpose, of a whole square of lanes: narrower ones are not handled well by every compiler."""
-    padding_RK = jnp.zeros((-rows_RK.shape[0] % _LANES, rows_RK.shape[1]), rows_RK.dtype)
-    return jnp.concatenate([rows_RK, padding_RK], axis=0).T
+    missing = -rows_RK.shape[0] % _LANES
+    if missing:
+        padding_RK = jnp.zeros((missing, rows_RK.shape[1]), rows_RK.dtype)
+        rows_RK = jnp.concatenate([rows_RK, padding_RK], axis=0)
+    return rows_RK.T
 
 
 def _heads_of_program(heads: int) -> int | None:

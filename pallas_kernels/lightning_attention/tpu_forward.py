@@ -38,7 +38,7 @@ def forward(
     initial_BHKV: jax.Array,
     keep_states: bool,
 ) -> tuple[jax.Array, ...]:
-    """Outputs [B, S, H x V], the final state [B, H, K, V] and, if kept, the states entering the blocks [B, N, H, K, V]."""
+    """Outputs [B, S, H x V], the final state [B, H, K, V] and, if kept, the blocks' entering states [B, N, H, K, V]."""
     B, S, _ = q_BSD.shape
     H, G, K, V, N = slopes_H.shape[0], plan.heads, plan.key, plan.value, plan.blocks
     in_order = lambda n: n  # noqa: E731

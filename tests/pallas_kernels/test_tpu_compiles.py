@@ -10,10 +10,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.aot import CHIPS, ProfileError, compile_for_chip, compiler_version, missing_compiler
-from pallas_kernels.lightning_attention import lightning_attention, tpu_cases
-from pallas_kernels.lightning_attention.tpu_block import Tiles
+from pallas_kernels.lightning_attention import LIGHTNING_STATES, lightning_attention, tpu_cases
 from pallas_kernels.lightning_attention.tpu_figures import Call
 from pallas_kernels.lightning_attention.tpu_tiles import choose_tiles
 from pallas_kernels.platform import target_platform
@@ -62,7 +63,7 @@ def test_released_shape_compiles(chip):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chip", ("v4", *TARGETS))
+@pytest.mark.parametrize("chip", ["v4", *TARGETS])
 @pytest.mark.parametrize(
     "size",
     [
@@ -92,7 +93,7 @@ def test_million_tokens_compile_forward(chip):
     assert "lightning_attention_forward" in compiled.as_text()
 
 
-@pytest.mark.parametrize("tokens", [1, 8])
+@pytest.mark.parametrize("tokens", [1, pytest.param(8, marks=pytest.mark.slow)])
 def test_decode_compiles(tokens):
     for chip in TARGETS:
         function, sizes = tpu_cases.decode(batch=8, tokens=tokens, heads=64)
@@ -101,21 +102,30 @@ def test_decode_compiles(tokens):
 
 
 def test_too_much_vmem_is_an_error():
-    tiles = Tiles(block=8192, chunk=128, heads=16, lag=2, fused=False)
-    call = Call("forward", 16384, 16, tiles)
-    function, sizes = tpu_cases.forward(**call.arguments)
-    with pytest.raises(Exception, match=r"(?i)vmem"):
-        compile_for_chip(CHIPS["v5e"], function, *sizes)
+    def copy(x_ref, y_ref, scratch_ref):
+        scratch_ref[:8] = x_ref[...]
+        y_ref[...] = scratch_ref[:8]
+
+    x = jax.ShapeDtypeStruct((8, 128), jnp.float32)
+    kernel = pl.pallas_call(copy, out_shape=x, scratch_shapes=[pltpu.VMEM((2**20, 128), jnp.float32)])
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"(?i)vmem"):
+        compile_for_chip(CHIPS["v5e"], kernel, x)
 
 
-def golden_calls():
-    """The calls in the golden file: with the sizes of the table, short enough to profile in seconds."""
-    for chip in TARGETS:
-        for kernel in ("forward", "backward"):
-            yield pytest.param(chip, kernel, id=f"{chip} {kernel}")
+@pytest.mark.parametrize(("names", "forward_passes"), [((), 2), ((LIGHTNING_STATES,), 1)])
+def test_policy_that_keeps_states_spares_the_second_forward_pass(names, forward_passes):
+    def loss(q):
+        attend = lambda q: lightning_attention(q, q, q, jnp.ones(1))[0]  # noqa: E731
+        return jnp.sum(jax.checkpoint(attend, policy=jax.checkpoint_policies.save_only_these_names(*names))(q) ** 2)
+
+    compiled = compile_for_chip(CHIPS["v5e"], jax.grad(loss), jax.ShapeDtypeStruct((1, 512, 1, 128), jnp.bfloat16))
+    calls = [line for line in compiled.as_text().splitlines() if 'custom_call_target="tpu_custom_call"' in line]
+    assert sum("lightning_attention_forward" in line.split(" = ")[0] for line in calls) == forward_passes
+    assert len(calls) == forward_passes + 1
 
 
-@pytest.mark.parametrize(("chip", "kernel"), golden_calls())
+@pytest.mark.parametrize("kernel", ["forward", "backward"])
+@pytest.mark.parametrize("chip", TARGETS)
 def test_static_cycles_have_not_grown(chip, kernel, write_golden):
     golden = json.loads(GOLDEN.read_text())
     version = compiler_version()
