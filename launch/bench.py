@@ -2,6 +2,7 @@
 
   python -m launch.bench --cpu
   python -m launch.bench --gpu --output=gpu.json
+  python -m launch.bench --kernels
 
 On a CPU: tokens a second of a training step, a prefill and a decode step against Transformers' MiniMaxForCausalLM in
 PyTorch (where both are installed) on the same small hybrid, and how the time per token grows with the length.
@@ -9,6 +10,9 @@ PyTorch (where both are installed) on the same small hybrid, and how the time pe
 On one GPU: the model's numbers against the CPU's, the quickstart on both, lightning attention beside FLA and
 jax-linear-attention (where they are installed), forms of the experts' product, and training steps of
 configs/text_1b.py with a profile.
+
+Of the TPU kernels: time a token and head beside the floor, predicted by the compiler for every chip on any machine with
+libtpu, measured for the TPU that the machine has.
 """
 
 import json
@@ -24,6 +28,8 @@ from mmx.config import ConfigError, nearest
 
 _CPU = flags.DEFINE_bool("cpu", False, "Measure on the CPU against Transformers; about twenty minutes.")
 _GPU = flags.DEFINE_bool("gpu", False, "Check and measure on the first GPU; about thirteen minutes.")
+_KERNELS = flags.DEFINE_bool("kernels", False, "Predict the TPU kernels' times, or measure them on a TPU; minutes.")
+_CHIPS = flags.DEFINE_list("chips", ["v5e", "v5p", "v6e", "tpu7x"], "TPUs of the kernels' report.")
 _SECTIONS = flags.DEFINE_list("sections", list(SECTIONS), "Sections of the GPU report, in this order.")
 _SECTION_SECONDS = flags.DEFINE_float("section_seconds", 300, "Most that one section of the GPU report may take.")
 _LENGTHS = flags.DEFINE_list("lengths", ["1024", "4096", "16384"], "Tokens of a training step and of a prefill.")
@@ -41,10 +47,12 @@ _GPU_MEMORY = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_PYTHON_CLIENT_MEM_
 
 def run() -> None:
     """Runs the chosen part."""
-    if _CPU.value == _GPU.value:
-        raise ConfigError("choose what to measure: --cpu or --gpu")
+    if _CPU.value + _GPU.value + _KERNELS.value != 1:
+        raise ConfigError("choose what to measure: --cpu, --gpu or --kernels")
     if _CPU.value:
         _on_cpu()
+    elif _KERNELS.value:
+        _of_kernels()
     else:
         _on_gpu()
     if _OUTPUT.value:
@@ -76,6 +84,19 @@ def _on_gpu() -> None:
     for variable, value in _GPU_MEMORY.items():
         os.environ.setdefault(variable, value)
     report(_SECTIONS.value, _SECTION_SECONDS.value, _say, Path(_OUTPUT.value) if _OUTPUT.value else None)
+
+
+def _of_kernels() -> None:
+    from mmx.bench.kernels import REFERENCES, reason_not_to, report
+
+    for name in _CHIPS.value:
+        if name not in REFERENCES:
+            raise ConfigError(f"--chips: there are no figures of {name!r}{nearest(name, REFERENCES)}")
+    if reason := reason_not_to():
+        raise ConfigError(f"--kernels: {reason}")
+    results = report(_CHIPS.value, _say)
+    if _OUTPUT.value:
+        Path(_OUTPUT.value).write_text(json.dumps(results, indent=2) + "\n")
 
 
 def _say(line: str) -> None:

@@ -62,6 +62,7 @@ def test_report(tmp_path):
 
 def test_bench():
     assert "choose what to measure" in mistake("bench")
+    assert "no figures of 'v5f'; did you mean" in mistake("bench", "--kernels", "--chips=v5f")
     assert "no section 'atention'; did you mean 'attention'?" in mistake("bench", "--gpu", "--sections=atention")
 
 
