@@ -18,6 +18,7 @@ libtpu, measured for the TPU that the machine has.
 import json
 import os
 import sys
+from glob import glob
 from pathlib import Path
 
 from absl import flags
@@ -87,6 +88,9 @@ def _on_gpu() -> None:
 
 
 def _of_kernels() -> None:
+    if not (glob("/dev/accel*") or glob("/dev/vfio/[0-9]*")):
+        # Asked without a TPU, libtpu looks for one and complains at length.
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from mmx.bench.kernels import REFERENCES, reason_not_to, report
 
     for name in _CHIPS.value:

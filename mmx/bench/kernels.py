@@ -56,7 +56,9 @@ def report(chips: Sequence[str], say: Callable[[str], None], tokens: int = TOKEN
         if None in figures:
             continue
         over = sum(figures) / sum(reference.floor)
-        columns = (f"{f:6.3f} {s:6.3f} {o:6.3f}" for f, s, o in zip(reference.floor, reference.sketch, figures))
+        columns = (
+            f"{f:6.3f} {s:6.3f} {o:6.3f}" for f, s, o in zip(reference.floor, reference.sketch, figures, strict=True)
+        )
         say(f"{name:6} {source:10} {'          '.join(f'{column:>22}' for column in columns)}   {over:.2f}")
         results[name]["over_floor"] = over
     return results
