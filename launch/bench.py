@@ -4,6 +4,7 @@
   python -m launch.bench --gpu --output=gpu.json
   python -m launch.bench --parallel
   python -m launch.bench --conversion
+  python -m launch.bench --kernels
 
 On a CPU: tokens a second of a training step, a prefill and a decode step against Transformers' MiniMaxForCausalLM in
 PyTorch (where both are installed) on the same small hybrid, and how the time per token grows with the length.
@@ -16,11 +17,15 @@ On eight virtual CPU devices: LASP+ against LASP, ring attention's balance in ea
 libtpu is installed, from the program that it compiles) what of the exchange of tokens overlaps the experts.
 
 Conversion: speed and memory of launch.convert both ways on 3.8 GB of made-up weights, beside safetensors alone.
+
+Of the TPU kernels: time a token and head beside the floor, predicted by the compiler for every chip on any machine with
+libtpu, measured for the TPU that the machine has.
 """
 
 import json
 import os
 import sys
+from glob import glob
 from pathlib import Path
 
 from absl import flags
@@ -35,6 +40,8 @@ _GPU = flags.DEFINE_bool(
 )
 _PARALLEL = flags.DEFINE_bool("parallel", False, "Compare ways to spread work, on virtual devices; three minutes.")
 _CONVERSION = flags.DEFINE_bool("conversion", False, "Measure launch.convert; two minutes and 12 GB of disk.")
+_KERNELS = flags.DEFINE_bool("kernels", False, "Predict the TPU kernels' times, or measure them on a TPU; minutes.")
+_CHIPS = flags.DEFINE_list("chips", ["v5e", "v5p", "v6e", "tpu7x"], "TPUs of the kernels' report.")
 _SECTIONS = flags.DEFINE_list("sections", list(SECTIONS), "Sections of the GPU report, in this order.")
 _SECTION_SECONDS = flags.DEFINE_float("section_seconds", 400, "Most that one section of the GPU report may take.")
 _LENGTHS = flags.DEFINE_list("lengths", ["1024", "4096", "16384"], "Tokens of a training step and of a prefill.")
@@ -75,8 +82,7 @@ def _on_cpu() -> None:
         if len(rates) > 1:
             shares = ", ".join(f"{name} {growth(rates, name):.0%}" for name in results["contestants"])
             _say(f"{work}: throughput at {max(rates):,} tokens over that at {min(rates):,}: {shares}")
-    if _OUTPUT.value:
-        Path(_OUTPUT.value).write_text(json.dumps(results, indent=2) + "\n")
+    _write(results)
 
 
 def _on_gpu() -> None:
@@ -97,9 +103,21 @@ def _on_virtual_devices() -> None:
 def _of_conversion() -> None:
     from mmx.bench.conversion import measure
 
-    results = measure(_TURNS.value, _say)
-    if _OUTPUT.value:
-        Path(_OUTPUT.value).write_text(json.dumps(results, indent=2) + "\n")
+    _write(measure(_TURNS.value, _say))
+
+
+def _of_kernels() -> None:
+    if not (glob("/dev/accel*") or glob("/dev/vfio/[0-9]*")):
+        # Asked without a TPU, libtpu looks for one and complains at length.
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from mmx.bench.kernels import REFERENCES, reason_not_to, report
+
+    for name in _CHIPS.value:
+        if name not in REFERENCES:
+            raise ConfigError(f"--chips: there are no figures of {name!r}{nearest(name, REFERENCES)}")
+    if reason := reason_not_to():
+        raise ConfigError(f"--kernels: {reason}")
+    _write(report(_CHIPS.value, _say))
 
 
 _PARTS = (
@@ -107,7 +125,13 @@ _PARTS = (
     (_GPU, _on_gpu),
     (_PARALLEL, _on_virtual_devices),
     (_CONVERSION, _of_conversion),
+    (_KERNELS, _of_kernels),
 )
+
+
+def _write(results: object) -> None:
+    if _OUTPUT.value:
+        Path(_OUTPUT.value).write_text(json.dumps(results, indent=2) + "\n")
 
 
 def _say(line: str) -> None:

@@ -28,6 +28,25 @@ def target_platform() -> str:
     return _NAMES[jax.default_backend()]
 
 
+def target_device_kind() -> str | None:
+    """The kind of device that code is traced for, as JAX spells it ("TPU v5 lite"), where mesh or host tells."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.abstract_device is not None:
+        return mesh.abstract_device.device_kind
+    if target_platform() != _NAMES[jax.default_backend()]:
+        return None
+    return jax.devices()[0].device_kind
+
+
+def unsplit() -> bool:
+    """Whether arrays here are one device's own: no mesh of several devices, or a ``shard_map`` over all of its axes.
+
+    Kernels need it: the compiler cannot split them.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or mesh.size == 1 or set(mesh.manual_axes) == set(mesh.axis_names)
+
+
 @contextlib.contextmanager
 def compile_for(platform: str) -> Iterator[None]:
     """Traces the code inside for ``platform``, for lowering where neither mesh nor default device tells."""

@@ -24,6 +24,12 @@ if ! "$venv/bin/python" -c 'import torch, transformers' 2>/dev/null; then
     echo "== no CPU build of PyTorch for this Python: the parity tests will be skipped"
   fi
 fi
+# The TPU kernels are compiled without a TPU by libtpu, and those tests are skipped without it.
+if ! "$venv/bin/python" -c 'import libtpu' 2>/dev/null; then
+  echo "== installing libtpu for the tests that compile TPU kernels"
+  "$venv/bin/python" -m pip --quiet --disable-pip-version-check install --progress-bar off -e '.[tpu]' ||
+    echo "== no libtpu for this machine: the tests that compile TPU kernels will be skipped"
+fi
 
 arguments=()
 for argument in "$@"; do

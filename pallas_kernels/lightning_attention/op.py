@@ -3,12 +3,18 @@
 Shapes: B batch, S tokens, H heads, K key channels, V value channels.
 """
 
+import functools
+import logging
+
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.lightning_attention.blocked import lightning_attention_blocked
 from pallas_kernels.lightning_attention.reference import lightning_attention_reference
-from pallas_kernels.platform import target_platform
+from pallas_kernels.lightning_attention.tpu import lightning_attention_tpu
+from pallas_kernels.lightning_attention.tpu_tiles import choose_tiles, unsupported
+from pallas_kernels.platform import target_platform, unsplit
 
 IMPLEMENTATIONS = ("auto", "reference", "blocked", "tpu", "gpu", "tpu_interpret", "gpu_interpret")
 
@@ -17,6 +23,8 @@ IMPLEMENTATIONS = ("auto", "reference", "blocked", "tpu", "gpu", "tpu_interpret"
 _BLOCK = {"cpu": 64, "gpu": 256, "tpu": 256}
 # Bytes of fp32 scores that one group of blocks may hold at once; 0 works on one block at a time.
 _GROUP_BYTES = {"cpu": 0, "gpu": 2**28, "tpu": 2**28}
+# Memory that nobody wrote reads as NaN.
+_INTERPRET = pltpu.InterpretParams(uninitialized_memory="nan")
 
 
 def lightning_attention(
@@ -39,7 +47,9 @@ def lightning_attention(
       slopes_H: decay slopes, not negative; constants, so their gradient is zero.
       segment_ids_BS: integer document ids, or None for one document a row.
       initial_state_BHKV: state before the first token, zero if None.
-      implementation: "auto", or one of ``IMPLEMENTATIONS`` to force it.
+      implementation: "auto", or one of ``IMPLEMENTATIONS`` to force it. "auto" takes the kernel of the platform that
+        the code is traced for (the mesh's, never the host's where a mesh is in scope), and "blocked" where there is no
+        kernel or it does not take the call; the log says why once. "tpu_interpret" simulates the TPU kernel on a CPU.
 
     Returns:
       o [B, S, H, V] in v's dtype, and the state after the last token [B, H, K, V], of that token's document, in fp32
@@ -62,14 +72,46 @@ def lightning_attention(
     )
     if implementation == "reference":
         return lightning_attention_reference(*arguments)
-    if implementation in ("auto", "blocked"):
+    if implementation == "auto":
+        implementation = _choose(q_BSHK, v_BSHV)
+    if implementation == "blocked":
         platform = target_platform()
         block = min(_BLOCK[platform], S)
         group = max(1, _GROUP_BYTES[platform] // (4 * B * H * block * block))
         return lightning_attention_blocked(*arguments, block, group)
+    if implementation in ("tpu", "tpu_interpret"):
+        interpret = _INTERPRET if implementation == "tpu_interpret" else False
+        reason = unsupported(q_BSHK, v_BSHV) or (None if interpret else _elsewhere())
+        if reason is not None:
+            raise NotImplementedError(f"implementation={implementation!r} cannot run: {reason}")
+        return lightning_attention_tpu(*arguments, *choose_tiles(q_BSHK, v_BSHV), interpret)
     raise NotImplementedError(
         f"implementation={implementation!r}: this kernel is not written yet; use 'auto', which takes 'blocked'"
     )
+
+
+def _choose(q_BSHK: jax.Array, v_BSHV: jax.Array) -> str:
+    if target_platform() != "tpu":
+        return "blocked"
+    reason = unsupported(q_BSHK, v_BSHV) or _elsewhere()
+    if reason is None:
+        return "tpu"
+    _say_once(reason)
+    return "blocked"
+
+
+def _elsewhere() -> str | None:
+    """Why no TPU kernel can run at this place of the program, or None."""
+    if target_platform() != "tpu":
+        return f"the code is traced for {target_platform()}; 'tpu_interpret' simulates the kernel on a CPU"
+    if not unsplit():
+        return "the arrays are split over a mesh: call it in a shard_map over all of the mesh's axes"
+    return None
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    logging.getLogger(__name__).warning("lightning attention takes the blocked form, not the TPU kernel: %s", reason)
 
 
 def _check(q_BSHK, k_BSHK, v_BSHV, slopes_H, segment_ids_BS, initial_state_BHKV) -> None:

@@ -83,6 +83,7 @@ def test_convert(tmp_path):
 
 def test_bench():
     assert "choose one thing to measure" in mistake("bench")
+    assert "no figures of 'v5f'; did you mean" in mistake("bench", "--kernels", "--chips=v5f")
     assert "no section 'atention'; did you mean 'attention'?" in mistake("bench", "--gpu", "--sections=atention")
 
 

@@ -208,4 +208,4 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match="not one of"):
         lightning_attention(q, q, q, slopes, implementation="fast")
     with pytest.raises(NotImplementedError, match="not written yet"):
-        lightning_attention(q, q, q, slopes, implementation="tpu")
+        lightning_attention(q, q, q, slopes, implementation="gpu")

@@ -1,0 +1,89 @@
+"""What the TPU kernels take, and the sizes they run with: a table by device kind, dtype and head size.
+
+``python -m pallas_kernels.tune`` fills the table, ``tpu_tiles.json``, which also says what compiler its figures are of.
+Shapes: B batch, S tokens, H heads, K key channels, V value channels.
+"""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.lightning_attention.tpu_block import Plan, Tiles, vmem_bytes
+from pallas_kernels.platform import target_device_kind
+
+TABLE = Path(__file__).with_name("tpu_tiles.json")
+LANES = 128
+# Where the table says nothing.
+DEFAULT = Tiles(block=512, chunk=128, heads=4, lag=2, fused=False)
+# Kinds of device whose parallel programs run on two cores.
+_TWO_CORES = ("TPU v4", "TPU v5", "TPU v5p")
+# Kinds that JAX spells in two ways.
+_SAME = {"TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lite"}
+_VMEM_BYTES = 48 * 2**20
+# A mark a chunk lies in scalar memory, which holds 1 MiB on the smallest chip.
+_MOST_TOKENS = 2**22
+
+
+def unsupported(q_BSHK: jax.Array, v_BSHV: jax.Array) -> str | None:
+    """Why the kernels, as far as they are tested, do not take these operands, or None."""
+    (B, S, _, K), V = q_BSHK.shape, v_BSHV.shape[-1]
+    if q_BSHK.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"the TPU kernels take bfloat16 and float32, not {q_BSHK.dtype}"
+    if max(K, V) > 256:
+        return f"the TPU kernels take heads of up to 256 channels, not K={K} and V={V}"
+    if B * S > _MOST_TOKENS:
+        return f"the TPU kernels take up to {_MOST_TOKENS:,} tokens a device, not {B * S:,}"
+    return None
+
+
+def choose_tiles(q_BSHK: jax.Array, v_BSHV: jax.Array, kind: str | None = None) -> tuple[Tiles, Tiles]:
+    """Sizes of the forward and the backward kernel for these operands.
+
+    Args:
+      kind: of device; None takes the one that the code is traced for.
+    """
+    (B, S, H, K), V = q_BSHK.shape, v_BSHV.shape[-1]
+    kind = target_device_kind() if kind is None else kind
+    kind = _SAME.get(kind, kind)
+    key, value = padded(K), padded(V)
+    pair = _table().get((kind, str(q_BSHK.dtype), key, value), (DEFAULT, DEFAULT))
+    most_heads = H // 2 if kind in _TWO_CORES and B == 1 and H > 1 else H
+    pair = [dataclasses.replace(tiles, heads=min(tiles.heads, most_heads)) for tiles in pair]
+    block = min(tiles.block for tiles in pair)
+    while True:
+        # Both kernels share the blocks: the states at their edges pass from one to the other.
+        pair = [_fit(dataclasses.replace(tiles, block=block), S) for tiles in pair]
+        plans = [Plan(tiles, S, tiles.heads, key, value, q_BSHK.dtype, True, False) for tiles in pair]
+        if vmem_bytes(plans[1], (key, key, value, value), (key, key, value)) <= _VMEM_BYTES:
+            return pair[0], pair[1]
+        if block > max(tiles.chunk for tiles in pair):
+            block //= 2
+        elif max(tiles.heads for tiles in pair) > 1:
+            pair = [dataclasses.replace(tiles, heads=max(1, tiles.heads // 2)) for tiles in pair]
+        else:
+            return pair[0], pair[1]
+
+
+def padded(channels: int) -> int:
+    """Channels in whole lanes, as the kernels see them."""
+    return -(-channels // LANES) * LANES
+
+
+def _fit(tiles: Tiles, length: int) -> Tiles:
+    """A block no longer than the row needs."""
+    chunks = -(-length // tiles.chunk)
+    return dataclasses.replace(tiles, block=min(tiles.block, chunks * tiles.chunk))
+
+
+@functools.cache
+def _table() -> dict[tuple[str, str, int, int], tuple[Tiles, Tiles]]:
+    table: dict[str, Any] = json.loads(TABLE.read_text())
+    return {
+        (row["device"], row["dtype"], row["key"], row["value"]): (Tiles(**row["forward"]), Tiles(**row["backward"]))
+        for row in table["tiles"]
+    }

@@ -1,0 +1,159 @@
+"""Every TPU kernel through the real compiler at the real sizes, and its static cycles against a golden file.
+
+No TPU is needed: libtpu compiles for one that is not there. The compiler is a 300 MB package, and these tests are
+skipped where it is missing.
+"""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.aot import CHIPS, ProfileError, compile_for_chip, compiler_version, missing_compiler
+from pallas_kernels.lightning_attention import LIGHTNING_STATES, lightning_attention, tpu_cases
+from pallas_kernels.lightning_attention.tpu_figures import Call
+from pallas_kernels.lightning_attention.tpu_tiles import choose_tiles
+from pallas_kernels.platform import target_platform
+
+pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "tpu_cycles.json"
+TARGETS = ("v5e", "v5p", "v6e", "tpu7x")
+# Cycles may grow by this much.
+BOUND = 1.05
+
+
+def gradient_program(documents):
+    """Outputs, final state and all gradients, from operands of one batch."""
+
+    def run(q, k, v, slopes, ids, state, do, dstate):
+        assert target_platform() == "tpu"
+        attend = lambda q, k, v, state: lightning_attention(  # noqa: E731
+            q, k, v, slopes, segment_ids_BS=ids if documents else None, initial_state_BHKV=state
+        )
+        outputs, pullback = jax.vjp(attend, q, k, v, state)
+        return outputs, pullback((do, dstate))
+
+    return run
+
+
+def shapes(B, S, H, K, V, dtype):
+    q, v = (jax.ShapeDtypeStruct((B, S, H, width), dtype) for width in (K, V))
+    slopes, ids = jax.ShapeDtypeStruct((H,), jnp.float32), jax.ShapeDtypeStruct((B, S), jnp.int32)
+    state = jax.ShapeDtypeStruct((B, H, K, V), jnp.float32)
+    return q, q, v, slopes, ids, state, v, state
+
+
+def compile_gradient(chip, documents, *size):
+    compiled = compile_for_chip(CHIPS[chip], gradient_program(documents), *shapes(*size))
+    text = compiled.as_text()
+    assert "lightning_attention_forward" in text
+    assert "lightning_attention_backward" in text
+    return compiled
+
+
+@pytest.mark.parametrize(
+    "chip", ["v5p", "tpu7x", *(pytest.param(chip, marks=pytest.mark.slow) for chip in ("v5e", "v6e"))]
+)
+def test_released_shape_compiles(chip):
+    # 64 heads of 128 channels, packed documents, forward and backward in one program.
+    compile_gradient(chip, True, 1, 8192, 64, 128, 128, "bfloat16")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", ["v4", *TARGETS])
+@pytest.mark.parametrize(
+    "size",
+    [
+        (1, 1_048_576, 8, 128, 128, "bfloat16"),  # a million tokens, heads split over eight devices
+        (4, 1_048_576, 1, 128, 128, "bfloat16"),  # as many marks as the op lets through
+        (1, 1000, 3, 64, 64, "bfloat16"),
+        (2, 5, 2, 96, 128, "float32"),
+        (1, 8192, 4, 256, 256, "float32"),
+        (1, 8192, 64, 128, 128, "float32"),
+    ],
+    ids=str,
+)
+def test_other_shapes_compile(chip, size):
+    if chip == "v5e" and size[1] * size[0] * size[2] >= 2**22:
+        pytest.skip("operands and gradients of this size are more than the 16 GB of a v5e")
+    compile_gradient(chip, size[1] != 1000, *size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", TARGETS)
+def test_million_tokens_compile_forward(chip):
+    # All 64 heads on one device: 64 GiB of operands and outputs, on chips that hold them.
+    sizes = {"v5e": (131_072, 64), "v5p": (1_048_576, 64), "v6e": (262_144, 64), "tpu7x": (1_048_576, 64)}
+    S, H = sizes[chip]
+
+    def run(q, k, v, slopes, ids):
+        # As a projection leaves them: heads side by side.
+        q, k, v = (x.reshape(1, S, H, 128) for x in (q, k, v))
+        o, _ = lightning_attention(q, k, v, slopes, segment_ids_BS=ids)
+        return o.reshape(1, S, H * 128)
+
+    q = jax.ShapeDtypeStruct((1, S, H * 128), jnp.bfloat16)
+    compiled = compile_for_chip(CHIPS[chip], run, q, q, q, *shapes(1, S, H, 128, 128, "bfloat16")[3:5])
+    # Nothing is copied into another layout on the way.
+    assert compiled.memory_analysis().temp_size_in_bytes < q.size
+    assert "lightning_attention_forward" in compiled.as_text()
+
+
+@pytest.mark.parametrize("tokens", [1, pytest.param(8, marks=pytest.mark.slow)])
+def test_decode_compiles(tokens):
+    for chip in TARGETS:
+        function, sizes = tpu_cases.decode(batch=8, tokens=tokens, heads=64)
+        compiled = compile_for_chip(CHIPS[chip], function, *sizes)
+        assert "lightning_attention_decode" in compiled.as_text()
+
+
+def test_too_much_vmem_is_an_error():
+    def copy(x_ref, y_ref, scratch_ref):
+        scratch_ref[:8] = x_ref[...]
+        y_ref[...] = scratch_ref[:8]
+
+    x = jax.ShapeDtypeStruct((8, 128), jnp.float32)
+    kernel = pl.pallas_call(copy, out_shape=x, scratch_shapes=[pltpu.VMEM((2**20, 128), jnp.float32)])
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"(?i)vmem"):
+        compile_for_chip(CHIPS["v5e"], kernel, x)
+
+
+@pytest.mark.parametrize(("names", "forward_passes"), [((), 2), ((LIGHTNING_STATES,), 1)])
+def test_policy_that_keeps_states_spares_the_second_forward_pass(names, forward_passes):
+    def loss(q):
+        attend = lambda q: lightning_attention(q, q, q, jnp.ones(1))[0]  # noqa: E731
+        return jnp.sum(jax.checkpoint(attend, policy=jax.checkpoint_policies.save_only_these_names(*names))(q) ** 2)
+
+    compiled = compile_for_chip(CHIPS["v5e"], jax.grad(loss), jax.ShapeDtypeStruct((1, 512, 1, 128), jnp.bfloat16))
+    calls = [line for line in compiled.as_text().splitlines() if 'custom_call_target="tpu_custom_call"' in line]
+    assert sum("lightning_attention_forward" in line.split(" = ")[0] for line in calls) == forward_passes
+    assert len(calls) == forward_passes + 1
+
+
+@pytest.mark.parametrize("kernel", ["forward", "backward"])
+@pytest.mark.parametrize("chip", TARGETS)
+def test_static_cycles_have_not_grown(chip, kernel, write_golden):
+    golden = json.loads(GOLDEN.read_text())
+    version = compiler_version()
+    if not write_golden and version not in golden:
+        pytest.skip(f"the golden file has no cycles of libtpu {version}; write them with --write-golden")
+    tokens, heads = 2048, 8
+    q = jax.ShapeDtypeStruct((1, tokens, heads, 128), jnp.bfloat16)
+    tiles = dict(zip(("forward", "backward"), choose_tiles(q, q, CHIPS[chip].device_kind), strict=True))[kernel]
+    try:
+        cycles, _ = Call(kernel, tokens, heads, tiles).predict(CHIPS[chip])
+    except ProfileError as error:
+        if not write_golden and golden[version].get(f"{chip} {kernel}") is not None:
+            raise
+        pytest.skip(f"this compiler's profiler cannot follow the kernel: {error}")
+    if write_golden:
+        golden = json.loads(GOLDEN.read_text())
+        golden.setdefault(version, {})[f"{chip} {kernel}"] = round(cycles / (tokens * heads), 3)
+        GOLDEN.write_text(json.dumps(golden, indent=2, sort_keys=True) + "\n")
+        return
+    assert cycles / (tokens * heads) <= BOUND * golden[version][f"{chip} {kernel}"]
