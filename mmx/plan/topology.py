@@ -17,14 +17,7 @@ from mmx.parallel.compiler import compiler_options
 from mmx.train.loss import Batch
 from mmx.train.optimizer import build_optimizer
 from mmx.train.step import abstract_state, train_step
-
-# libtpu would ask a cloud machine's metadata server what it runs on, and refuse a second process.
-_ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
+from pallas_kernels.aot.compile import COMPILER_ENVIRONMENT, missing_compiler
 
 
 def topology_devices(name: str, slices: int = 1) -> list[jax.Device]:
@@ -37,7 +30,9 @@ def topology_devices(name: str, slices: int = 1) -> list[jax.Device]:
     Raises:
       ConfigError: if libtpu is not installed or does not know the topology.
     """
-    for variable, value in _ENVIRONMENT.items():
+    if reason := missing_compiler():
+        raise ConfigError(f"cannot compile for {name!r}: {reason}")
+    for variable, value in COMPILER_ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     several = {"num_slices": slices} if slices > 1 else {}
     try:
@@ -45,8 +40,8 @@ def topology_devices(name: str, slices: int = 1) -> list[jax.Device]:
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
-            f"cannot compile for {name!r} ({reason}): install libtpu (pip install 'mmx[tpu]') and write the topology "
-            "like v5p:2x2x2, v5e:4x4, v6e:4x4 or tpu7x:2x2x1"
+            f"cannot compile for {name!r} ({reason}): write the topology like v5p:2x2x2, v5e:4x4, v6e:4x4 or "
+            "tpu7x:2x2x1"
         ) from None
     return list(topology.devices)
 
