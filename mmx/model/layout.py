@@ -18,3 +18,8 @@ def stream_axes(ndim: int) -> tuple[str | None, ...]:
 def heads_axes(ndim: int) -> tuple[str | None, ...]:
     """Axes of queries, keys, values and gates, from the dimensions of the stream that they are made of."""
     return HEADS_OF_TOKENS if ndim == 3 else ("batch", "heads", None)
+
+
+def merged_heads_axes(ndim: int) -> tuple[str | None, ...]:
+    """The same with heads and their channels in one dimension."""
+    return heads_axes(ndim)[:-1]

@@ -1,7 +1,12 @@
 """The lightning attention layer (report section 2.2.2; released modelling code).
 
 SiLU on queries, keys and values; constant decay; RMSNorm over all heads together; sigmoid gate; output projection. No
-RoPE, no scale, no biases. Shapes: B batch, S tokens, D hidden, H heads, K head channels.
+RoPE, no scale, no biases.
+
+Heads and their channels stay one dimension between the projections and the kernel, as the projections make it: an
+array split into [H, K] lies otherwise in a TPU's memory, and each change is a copy of more bytes than the kernel reads.
+
+Shapes: B batch, S tokens, D hidden, H heads, K head channels, C = H K channels of all heads.
 """
 
 import jax
@@ -10,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mmx.config import ModelConfig
 from mmx.model.activation import sigmoid_gate, silu
-from mmx.model.layout import HEADS_OF_TOKENS, SLICES, heads_axes, stream_axes
+from mmx.model.layout import SLICES, merged_heads_axes, stream_axes
 from mmx.model.linear import linear
 from mmx.model.norm import RMSNorm
 from mmx.model.parameters import deepnorm_gain, weight, xavier
@@ -60,36 +65,37 @@ class LightningAttention(nnx.Module):
           over ``context``.
         """
         x_BSD = constrain(x_BSD, "batch", "attention_sequence", None)
-        qkv = self._project(x_BSD)
-        in_axes = (*[HEADS_OF_TOKENS] * 3, ("heads",), HEADS_OF_TOKENS[:2])
-        if axis_size("context") > 1:
-            lasp = island(self._lasp, (*in_axes, SLICES), HEADS_OF_TOKENS)
-            o_BSHK, state_BHKK = lasp(*qkv, slopes_H, segment_ids_BS, slice_ids_BT), None
-        else:
-            attend = island(
-                lambda q, k, v, slopes, segments: lightning_attention(q, k, v, slopes, segment_ids_BS=segments),
-                in_axes,
-                (HEADS_OF_TOKENS, ("batch", "heads", None, None)),
-            )
-            o_BSHK, state_BHKK = attend(*qkv, slopes_H, segment_ids_BS)
-        return self._finish(x_BSD, checkpoint_name(o_BSHK, "attention")), state_BHKK
+        channels = merged_heads_axes(3)
+        attend = island(
+            self._attend,
+            (channels, channels, channels, ("heads",), channels[:2], SLICES),
+            (channels, ("batch", "heads", None, None)) if axis_size("context") == 1 else (channels, None),
+        )
+        o_BSC, state_BHKK = attend(*self._project(x_BSD), slopes_H, segment_ids_BS, slice_ids_BT)
+        return self._finish(x_BSD, checkpoint_name(o_BSC, "attention")), state_BHKK
 
-    def _lasp(self, q_BSHK, k_BSHK, v_BSHK, slopes_H, segment_ids_BS, slice_ids_BN):
-        operands = q_BSHK, k_BSHK, v_BSHK, slopes_H, segment_ids_BS
-        return lasp_plus(*operands, axis="context", layout=self.layout, slice_ids_BN=slice_ids_BN)
+    def _attend(self, q_BSC, k_BSC, v_BSC, slopes_H, segment_ids_BS, slice_ids_BN):
+        """One device's heads and tokens: the output, and the last state where it has whole rows."""
+        q, k, v = (x.reshape(*x.shape[:-1], slopes_H.size, -1) for x in (q_BSC, k_BSC, v_BSC))
+        if axis_size("context") > 1:
+            where = {"axis": "context", "layout": self.layout, "slice_ids_BN": slice_ids_BN}
+            o_BSHK, state_BHKK = lasp_plus(q, k, v, slopes_H, segment_ids_BS, **where), None
+        else:
+            o_BSHK, state_BHKK = lightning_attention(q, k, v, slopes_H, segment_ids_BS=segment_ids_BS)
+        return o_BSHK.reshape(q_BSC.shape), state_BHKK
 
     def step(self, x_BD: jax.Array, slopes_H: jax.Array, state_BHKK: jax.Array) -> tuple[jax.Array, jax.Array]:
         """One token of each row: its output [B, D] and the state after it."""
-        q_BHK, k_BHK, v_BHK = self._project(x_BD)
-        o_BHK, state_BHKK = lightning_attention_step(q_BHK, k_BHK, v_BHK, slopes_H, state_BHKK)
-        return self._finish(x_BD, o_BHK), state_BHKK
+        qkv = (x.reshape(x.shape[0], slopes_H.size, -1) for x in self._project(x_BD))
+        o_BHK, state_BHKK = lightning_attention_step(*qkv, slopes_H, state_BHKK)
+        return self._finish(x_BD, o_BHK.reshape(x_BD.shape[0], -1)), state_BHKK
 
     def _project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        axes = heads_axes(x.ndim)
-        q, k, v = (silu(linear(x, weight(param, x.dtype), axes)) for param in (self.query, self.key, self.value))
-        return q, k, v
+        return tuple(silu(self._channels(x, param)) for param in (self.query, self.key, self.value))
+
+    def _channels(self, x: jax.Array, param: nnx.Param) -> jax.Array:
+        return linear(x, weight(param, x.dtype), merged_heads_axes(x.ndim), merged=True)
 
     def _finish(self, x: jax.Array, o: jax.Array) -> jax.Array:
-        gate = linear(x, weight(self.gate, x.dtype), heads_axes(x.ndim))
-        normed = self.norm(o.reshape(*o.shape[:-2], -1)).reshape(o.shape)
-        return linear(sigmoid_gate(normed, gate), weight(self.out, x.dtype), stream_axes(x.ndim), contract=2)
+        gated = sigmoid_gate(self.norm(o), self._channels(x, self.gate))
+        return linear(gated, weight(self.out, x.dtype), stream_axes(x.ndim))

@@ -134,7 +134,7 @@ def island(function: Callable, in_axes: Sequence[LogicalAxes | None], out_axes: 
     Args:
       function: takes arrays or None; sees local shapes.
       in_axes: logical axes of each argument; None for an argument that is None.
-      out_axes: logical axes of the result, or a tuple of them for a tuple of results.
+      out_axes: logical axes of the result, or a tuple of them for a tuple of results; None for a result that is None.
     """
     if _no_mesh():
         return function
@@ -142,11 +142,14 @@ def island(function: Callable, in_axes: Sequence[LogicalAxes | None], out_axes: 
     def call(*arguments):
         arguments = [x if x is None else constrain(x, *axes) for x, axes in zip(arguments, in_axes, strict=True)]
         in_specs = tuple(None if x is None else spec(*axes) for x, axes in zip(arguments, in_axes, strict=True))
-        is_axes = lambda axes: not axes or axes[0] is None or isinstance(axes[0], str)  # noqa: E731
-        out_specs = jax.tree.map(lambda axes: spec(*axes), out_axes, is_leaf=is_axes)
+        out_specs = jax.tree.map(lambda axes: spec(*axes), out_axes, is_leaf=_is_axes)
         return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*arguments)
 
     return call
+
+
+def _is_axes(axes: Any) -> bool:
+    return axes is not None and (not axes or axes[0] is None or isinstance(axes[0], str))
 
 
 def _no_mesh() -> bool:
