@@ -34,12 +34,13 @@ from mmx.parallel.lasp import ENTERING_STATES
 from mmx.parallel.ring import RING_RESIDUALS
 from pallas_kernels.lightning_attention import LIGHTNING_STATES, layer_slopes
 from pallas_kernels.segments import document_positions
+from pallas_kernels.softmax_attention import SOFTMAX_RESIDUALS
 
 Params = dict[str, Any]
 
 _TABLE = ("vocab", "hidden")
 # What attention leaves for its backward pass besides queries, keys and values: with it, nothing is sent twice.
-_ATTENTION_RESULTS = ["attention", LIGHTNING_STATES, ENTERING_STATES, RING_RESIDUALS]
+_ATTENTION_RESULTS = ["attention", LIGHTNING_STATES, ENTERING_STATES, RING_RESIDUALS, SOFTMAX_RESIDUALS]
 
 
 class LayerRun(NamedTuple):
