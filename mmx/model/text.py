@@ -34,12 +34,13 @@ from mmx.parallel.lasp import ENTERING_STATES
 from mmx.parallel.ring import RING_RESIDUALS
 from pallas_kernels.lightning_attention import LIGHTNING_STATES, layer_slopes
 from pallas_kernels.segments import document_positions
+from pallas_kernels.softmax_attention import SOFTMAX_RESIDUALS
 
 Params = dict[str, Any]
 
 _TABLE = ("vocab", "hidden")
 # What attention leaves for its backward pass besides queries, keys and values: with it, nothing is sent twice.
-_ATTENTION_RESULTS = ["attention", LIGHTNING_STATES, ENTERING_STATES, RING_RESIDUALS]
+_ATTENTION_RESULTS = ["attention", LIGHTNING_STATES, ENTERING_STATES, RING_RESIDUALS, SOFTMAX_RESIDUALS]
 
 
 class LayerRun(NamedTuple):
@@ -119,6 +120,7 @@ class TextModel(nnx.Module):
         if positions_BS is None:
             whole_BS = jnp.zeros_like(tokens_BS) if segment_ids_BS is None else segment_ids_BS
             positions_BS = document_positions(whole_BS)
+        positions_BS = constrain(positions_BS, "batch", "attention_sequence")
         rope = rope_table(positions_BS, config.rotary_dim, config.rope_base)
         valid_BS = None if valid_BS is None else constrain(valid_BS, "batch", "sequence")
         tokens = Tokens(rope, segment_ids_BS, slice_ids_BT, valid_BS)

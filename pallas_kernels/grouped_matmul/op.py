@@ -3,18 +3,25 @@
 Shapes: M rows, E groups, D input channels, F output channels.
 """
 
+import functools
+import logging
 import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.grouped_matmul.blocked import Blocks, grouped_matmul_blocked
 from pallas_kernels.grouped_matmul.padded import grouped_matmul_padded, most_blocks
 from pallas_kernels.grouped_matmul.reference import grouped_matmul_reference
-from pallas_kernels.platform import target_platform
+from pallas_kernels.grouped_matmul.tpu import choose_tiles, grouped_matmul_tpu, unsupported
+from pallas_kernels.platform import target_platform, unsplit
 
-IMPLEMENTATIONS = ("auto", "reference", "blocked", "padded", "ragged")
+IMPLEMENTATIONS = ("auto", "reference", "blocked", "padded", "ragged", "tpu", "tpu_interpret")
+
+# Memory that nobody wrote reads as NaN.
+_INTERPRET = pltpu.InterpretParams(uninitialized_memory="nan")
 
 # Rows in a small block of the blocked form, and the most in a large one, by target platform.
 _BLOCKS = {"cpu": (64, 512), "gpu": (256, 2048), "tpu": (256, 2048)}
@@ -33,15 +40,18 @@ def grouped_matmul(
       x_MD: rows, those of group 0 first.
       w_EDF: one matrix a group.
       group_sizes_E: int32 rows in each group; their sum is at most M.
-      implementation: "auto", or one of ``IMPLEMENTATIONS`` to force it. "ragged" is ``lax.ragged_dot``, which
-        compiles to a grouped kernel on TPU and expands densely elsewhere; "padded" is the choice for GPUs while its
-        copies of the matrices fit into 4 GiB; "blocked" copies none and is the choice otherwise.
+      implementation: "auto", or one of ``IMPLEMENTATIONS`` to force it. "tpu" is the megablox kernels, the choice where
+        the code is traced for TPU; "ragged" is ``lax.ragged_dot``, which has kernels on TPU too and is the choice where
+        megablox does not take the call (the log says why once), and expands densely elsewhere; "padded" is the choice
+        for GPUs while its copies of the matrices fit into 4 GiB; "blocked" copies none and is the choice otherwise.
+        "tpu_interpret" simulates the TPU kernels on a CPU.
 
     Returns:
       y [M, F] in x's dtype, accumulated in fp32 or wider.
 
     Raises:
       ValueError: if shapes or dtypes do not fit, or the implementation is unknown.
+      NotImplementedError: if a forced implementation cannot run, with the reason.
     """
     (M, D), E = x_MD.shape, group_sizes_E.shape[0]
     if w_EDF.ndim != 3 or w_EDF.shape[:2] != (E, D) or x_MD.dtype != w_EDF.dtype:
@@ -50,7 +60,7 @@ def grouped_matmul(
             "[E, D, F] of one dtype"
         )
     if implementation == "auto":
-        implementation = _choose(M, w_EDF)
+        implementation = _choose(x_MD, w_EDF)
     if implementation == "reference":
         return grouped_matmul_reference(x_MD, w_EDF, group_sizes_E)
     if implementation == "blocked":
@@ -60,17 +70,41 @@ def grouped_matmul(
     if implementation == "ragged":
         wide = jnp.promote_types(jnp.float32, x_MD.dtype)
         return lax.ragged_dot(x_MD, w_EDF, group_sizes_E, preferred_element_type=wide).astype(x_MD.dtype)
+    if implementation in ("tpu", "tpu_interpret"):
+        interpret = _INTERPRET if implementation == "tpu_interpret" else False
+        reason = unsupported(x_MD) or (None if interpret else _elsewhere())
+        if reason is not None:
+            raise NotImplementedError(f"implementation={implementation!r} cannot run: {reason}")
+        return grouped_matmul_tpu(x_MD, w_EDF, group_sizes_E, choose_tiles(M, w_EDF), interpret)
     raise ValueError(f"implementation={implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
 
 
-def _choose(rows: int, w_EDF: jax.Array) -> str:
+def _choose(x_MD: jax.Array, w_EDF: jax.Array) -> str:
     platform = target_platform()
     if platform == "tpu":
+        reason = unsupported(x_MD) or _elsewhere()
+        if reason is None:
+            return "tpu"
+        _say_once(reason)
         return "ragged"
-    E = w_EDF.shape[0]
+    rows, E = x_MD.shape[0], w_EDF.shape[0]
     copies = most_blocks(rows, E, _padded_block(rows, E))
     fits = copies * (w_EDF.size // E) * w_EDF.dtype.itemsize <= _PADDED_BYTES
     return "padded" if platform == "gpu" and fits else "blocked"
+
+
+def _elsewhere() -> str | None:
+    """Why no TPU kernel can run at this place of the program, or None."""
+    if target_platform() != "tpu":
+        return f"the code is traced for {target_platform()}; 'tpu_interpret' simulates the kernel on a CPU"
+    if not unsplit():
+        return "the arrays are split over a mesh: call it in a shard_map over all of the mesh's axes"
+    return None
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    logging.getLogger(__name__).warning("the experts' product takes lax.ragged_dot, not the TPU kernels: %s", reason)
 
 
 def _blocks(rows: int, groups: int) -> Blocks:

@@ -24,7 +24,9 @@ DEFAULT = Tiles(block=512, chunk=128, heads=4, lag=2, fused=False)
 _TWO_CORES = ("TPU v4", "TPU v5", "TPU v5p")
 # Kinds that JAX spells in two ways.
 _SAME = {"TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lite"}
-_VMEM_BYTES = 48 * 2**20
+# What a kernel's blocks may take of VMEM, of which v4 lets a kernel have 16 MiB and the others far more.
+_VMEM_BYTES = {"TPU v4": 8 * 2**20}
+_MOST_VMEM_BYTES = 48 * 2**20
 # A mark a chunk lies in scalar memory, which holds 1 MiB on the smallest chip.
 _MOST_TOKENS = 2**22
 
@@ -59,7 +61,7 @@ def choose_tiles(q_BSHK: jax.Array, v_BSHV: jax.Array, kind: str | None = None) 
         # Both kernels share the blocks: the states at their edges pass from one to the other.
         pair = [_fit(dataclasses.replace(tiles, block=block), S) for tiles in pair]
         plans = [Plan(tiles, S, tiles.heads, key, value, q_BSHK.dtype, True, False) for tiles in pair]
-        if vmem_bytes(plans[1], (key, key, value, value), (key, key, value)) <= _VMEM_BYTES:
+        if vmem_bytes(plans[1], (key, key, value, value), (key, key, value)) <= _VMEM_BYTES.get(kind, _MOST_VMEM_BYTES):
             return pair[0], pair[1]
         if block > max(tiles.chunk for tiles in pair):
             block //= 2

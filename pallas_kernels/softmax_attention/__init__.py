@@ -2,5 +2,6 @@
 
 from pallas_kernels.softmax_attention.decode import softmax_attention_step
 from pallas_kernels.softmax_attention.op import IMPLEMENTATIONS, softmax_attention
+from pallas_kernels.softmax_attention.tpu import SOFTMAX_RESIDUALS
 
-__all__ = ["IMPLEMENTATIONS", "softmax_attention", "softmax_attention_step"]
+__all__ = ["IMPLEMENTATIONS", "SOFTMAX_RESIDUALS", "softmax_attention", "softmax_attention_step"]

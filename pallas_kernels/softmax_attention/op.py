@@ -3,14 +3,23 @@
 Shapes: B batch, S tokens, H query heads, G key-value heads, K key channels, V value channels.
 """
 
+import functools
+import logging
+
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.platform import target_platform, unsplit
 from pallas_kernels.softmax_attention.blocked import softmax_attention_blocked
 from pallas_kernels.softmax_attention.pairs import default_block
 from pallas_kernels.softmax_attention.reference import softmax_attention_reference
+from pallas_kernels.softmax_attention.tpu import choose_blocks, softmax_attention_tpu, unsupported
 
-IMPLEMENTATIONS = ("auto", "reference", "blocked", "cudnn")
+IMPLEMENTATIONS = ("auto", "reference", "blocked", "tpu", "tpu_interpret", "cudnn")
+
+# Memory that nobody wrote reads as NaN.
+_INTERPRET = pltpu.InterpretParams(uninitialized_memory="nan")
 
 
 def softmax_attention(
@@ -28,8 +37,11 @@ def softmax_attention(
       q_BSHK, k_BSGK, v_BSGV: one floating dtype; H is a multiple of G.
       segment_ids_BS: integer document ids; a document begins wherever the id changes. None: one document a row.
       scale: of the scores, 1/sqrt(K) if None.
-      implementation: "auto", or one of ``IMPLEMENTATIONS`` to force it. "cudnn" (NVIDIA GPUs, half precision, one
-        document a row) is never chosen automatically: the suite cannot run it, ``launch.bench --gpu`` checks it.
+      implementation: "auto", or one of ``IMPLEMENTATIONS`` to force it. "auto" takes splash attention's kernels where
+        the code is traced for TPU (by the mesh in scope, never the host), and "blocked" elsewhere or where the kernels
+        do not take the call; the log says why once. "tpu_interpret" simulates the TPU kernels on a CPU. "cudnn" (NVIDIA
+        GPUs, half precision, one document a row) is never chosen automatically: the suite cannot run it,
+        ``launch.bench --gpu`` checks it.
 
     Returns:
       o [B, S, H, V] in v's dtype. Scores, softmax and accumulation are fp32 (float64 for float64 inputs).
@@ -51,10 +63,43 @@ def softmax_attention(
     scale = K**-0.5 if scale is None else scale
     if implementation == "reference":
         return softmax_attention_reference(q_BSHK, k_BSGK, v_BSGV, segment_ids_BS, scale)
-    if implementation in ("auto", "blocked"):
+    if implementation == "auto":
+        implementation = _choose(q_BSHK, v_BSGV)
+    if implementation == "blocked":
         return softmax_attention_blocked(q_BSHK, k_BSGK, v_BSGV, segment_ids_BS, scale, default_block(S))
+    if implementation in ("tpu", "tpu_interpret"):
+        interpret = _INTERPRET if implementation == "tpu_interpret" else False
+        reason = unsupported(q_BSHK, v_BSGV) or (None if interpret else _elsewhere())
+        if reason is not None:
+            raise NotImplementedError(f"implementation={implementation!r} cannot run: {reason}")
+        blocks = choose_blocks(q_BSHK, v_BSGV)
+        return softmax_attention_tpu(q_BSHK, k_BSGK, v_BSGV, segment_ids_BS, scale, blocks, interpret)
     if implementation == "cudnn":
         if segment_ids_BS is not None or q_BSHK.dtype not in (jnp.bfloat16, jnp.float16):
             raise NotImplementedError("implementation='cudnn' takes bfloat16 or float16 and no segment_ids")
         return jax.nn.dot_product_attention(q_BSHK, k_BSGK, v_BSGV, scale=scale, is_causal=True, implementation="cudnn")
     raise ValueError(f"implementation={implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+
+
+def _choose(q_BSHK: jax.Array, v_BSGV: jax.Array) -> str:
+    if target_platform() != "tpu":
+        return "blocked"
+    reason = unsupported(q_BSHK, v_BSGV) or _elsewhere()
+    if reason is None:
+        return "tpu"
+    _say_once(reason)
+    return "blocked"
+
+
+def _elsewhere() -> str | None:
+    """Why no TPU kernel can run at this place of the program, or None."""
+    if target_platform() != "tpu":
+        return f"the code is traced for {target_platform()}; 'tpu_interpret' simulates the kernel on a CPU"
+    if not unsplit():
+        return "the arrays are split over a mesh: call it in a shard_map over all of the mesh's axes"
+    return None
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    logging.getLogger(__name__).warning("softmax attention takes the blocked form, not the TPU kernels: %s", reason)

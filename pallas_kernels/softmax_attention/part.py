@@ -126,13 +126,19 @@ def attention_part_gradients(
     return join_blocks(dq_NBGRCK, q_BSHK.shape[1]) * scale, join_blocks(dk_MBGCK, T), join_blocks(dv_MBGCV, T)
 
 
-def visible_blocks(q_places: Places, k_places: Places, block: int) -> tuple[jax.Array, jax.Array]:
+def visible_blocks(
+    q_places: Places, k_places: Places, block: int, k_block: int | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Which blocks of keys each block of queries has to look at: from the first up to, not including, the end.
+
+    Args:
+      block: tokens in a block of queries, and of keys where ``k_block`` is None.
+      k_block: tokens in a block of keys.
 
     Returns:
       first [N] and end [N]; nothing where first is not below end. NumPy arrays for NumPy places.
     """
-    (q_first, q_last), (k_first, k_last) = q_places.edges(block), k_places.edges(block)
+    (q_first, q_last), (k_first, k_last) = q_places.edges(block), k_places.edges(k_block or block)
     end_BN = (k_first.positions_BS[:, None] <= q_last.positions_BS[..., None]).sum(-1)
     if q_places.runs_BS is None:
         return 0 * end_BN.max(0), end_BN.max(0)

@@ -1,10 +1,13 @@
-"""Blocked cross-entropy against all logits at once, values and gradients."""
+"""Blocked cross-entropy against all logits at once, values and gradients; and its memory on TPU."""
+
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.aot import CHIPS, compile_for_chip, missing_compiler
 from pallas_kernels.cross_entropy import cross_entropy
 from pallas_kernels.cross_entropy.blocked import cross_entropy_blocked
 from pallas_kernels.cross_entropy.reference import cross_entropy_reference
@@ -58,3 +61,18 @@ def test_mistakes_are_named():
         cross_entropy(x, head, targets, jnp.zeros(3))
     with pytest.raises(ValueError, match="not one of"):
         cross_entropy(x, head, targets, jnp.zeros(4), implementation="fused")
+
+
+@pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
+def test_no_logits_of_all_tokens_on_tpu():
+    # The released model's head on one v5p chip.
+    T, D, V = 8192, 6144, 200_064
+    shape = jax.ShapeDtypeStruct
+    x, head = shape((T, D), jnp.bfloat16), shape((V, D), jnp.bfloat16)
+    targets, weights = shape((T,), jnp.int32), shape((T,), jnp.float32)
+    gradient = jax.value_and_grad(cross_entropy, argnums=(0, 1))
+    compiled = compile_for_chip(CHIPS["v5p"], gradient, x, head, targets, weights)
+    # The head's gradient is summed in fp32, whatever the number of tokens. The rest is blocks of logits, x's gradient.
+    rest = compiled.memory_analysis().temp_size_in_bytes - 4 * V * D
+    assert rest < 4 * T * V / 8
+    assert max(int(rows) for rows in re.findall(rf"\[(\d+),{V}\]", compiled.as_text())) < T / 16

@@ -1,10 +1,13 @@
 """Every form of the grouped matrix product against the dense reference, values and gradients."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.aot import CHIPS, compile_for_chip, missing_compiler
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.grouped_matmul.blocked import Blocks, grouped_matmul_blocked
 from pallas_kernels.grouped_matmul.op import _choose
@@ -58,16 +61,68 @@ def test_rows_after_the_groups_do_not_leak():
     ("platform", "rows", "width", "expected"),
     [
         ("cpu", 16384, 2048, "blocked"),
-        ("tpu", 16384, 2048, "ragged"),
+        ("tpu", 16384, 2048, "tpu"),
         ("gpu", 16384, 2048, "padded"),
         ("gpu", 4, 2048, "padded"),
         ("gpu", 16384, 65536, "blocked"),  # The copies of the matrices would take 6 GiB.
     ],
 )
 def test_automatic_choice(platform, rows, width, expected):
-    w_EDF = jax.ShapeDtypeStruct((8, 2048, width), jnp.bfloat16)
+    x_MD, w_EDF = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((rows, 2048), (8, 2048, width)))
     with compile_for(platform):
-        assert _choose(rows, w_EDF) == expected
+        assert _choose(x_MD, w_EDF) == expected
+
+
+def test_tpu_falls_back_with_a_reason(caplog):
+    x_MD, w_EDF = jnp.zeros((4, 3), jnp.float16), jnp.zeros((2, 3, 5), jnp.float16)
+    with compile_for("tpu"):
+        assert _choose(x_MD, w_EDF) == "ragged"
+    assert "bfloat16 and float32" in caplog.text
+    with pytest.raises(NotImplementedError, match="traced for cpu; 'tpu_interpret'"):
+        grouped_matmul(*(a.astype(jnp.float32) for a in (x_MD, w_EDF)), jnp.zeros(2, jnp.int32), implementation="tpu")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_tpu_kernels_equal_reference(dtype):
+    # One program for all sizes: groups that share tiles, that fill several, none at all; rows left over are NaN.
+    M, D, F = 300, 200, 130
+    rng = np.random.default_rng(1)
+    x, w, dy = (jnp.asarray(rng.normal(size=shape), dtype) for shape in ((M, D), (4, D, F), (M, F)))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def value_and_gradients(implementation, x, w, dy, sizes):
+        y, pullback = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, implementation=implementation), x, w)
+        return y, pullback(dy)
+
+    for sizes in ([5, 0, 150, 1], [0, 0, 0, 0], [0, 300, 0, 0], [128, 128, 40, 4]):
+        inside = jnp.arange(M)[:, None] < sum(sizes)
+        sizes = jnp.asarray(sizes, jnp.int32)
+        got = value_and_gradients("tpu_interpret", jnp.where(inside, x, jnp.nan), w, dy, sizes)
+        wide = (jnp.where(inside, a, 0).astype(jnp.float32) for a in (x, dy))
+        x_wide, dy_wide = wide
+        want = value_and_gradients("reference", x_wide, w.astype(jnp.float32), dy_wide, sizes)
+        tolerance = 1e-5 if dtype == "float32" else 1e-2
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            assert a.dtype == dtype
+            assert np.abs(a.astype(jnp.float32) - b).max() <= tolerance * np.abs(b).max()
+
+
+@pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
+@pytest.mark.parametrize("chip", ["v5p", *(pytest.param(chip, marks=pytest.mark.slow) for chip in ("v5e", "v6e"))])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
+def test_tpu_kernels_compile_without_copies(chip, dtype):
+    # The released model's experts, two of 8,192 tokens' rows each; fewer where the chip's memory is small.
+    M, E, D, F = 16384, 32 if chip == "v5p" and dtype == "bfloat16" else 4, 6144, 9216
+
+    def gradients(x, w, sizes, dy):
+        y, pullback = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes), x, w)
+        return y, pullback(dy)
+
+    x, w, dy = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((M, D), (E, D, F), (M, F)))
+    compiled = compile_for_chip(CHIPS[chip], gradients, x, w, jax.ShapeDtypeStruct((E,), jnp.int32), dy)
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 3
+    # No more than the results before rows beyond the groups are cleared.
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * M * F * jnp.dtype(dtype).itemsize
 
 
 def test_mistakes_are_named():

@@ -1,5 +1,6 @@
 """The comparison of ways to split a sequence, at tiny sizes: counts are right, sections run."""
 
+import dataclasses
 import json
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from mmx.bench.parallel import lasp, report, ring
+from mmx.bench.parallel import lasp, overlap, report, ring
 from mmx.bench.parallel.packed import mixed_rows
 from mmx.bench.parallel.program import communication
 from mmx.bench.parallel.ranks import AXIS, RANKS, TOKENS, forward, rank_mesh
@@ -58,6 +59,8 @@ def small(monkeypatch):
     monkeypatch.setattr(lasp, "CHANNELS", 8)
     for name, value in {"ROWS": 4, "RUN_LENGTH": 512, "RUN_BLOCK": 8, "HEADS": 2, "KV_HEADS": 1, "CHANNELS": 8}.items():
         monkeypatch.setattr(ring, name, value)
+    monkeypatch.setattr(overlap, "CONFIG", dataclasses.replace(overlap.CONFIG, hidden_size=256, expert_hidden_size=256))
+    monkeypatch.setattr(overlap, "GROUPS", (2,))
 
 
 @pytest.mark.usefixtures("small")
@@ -79,4 +82,4 @@ def test_report(tmp_path, monkeypatch):
     mixed = {layout: r["busiest_over_mean"] for (what, layout), r in counts.items() if what == "mixed documents"}
     assert mixed["balanced"] < 1.1 < mixed["zigzag"] < mixed["contiguous"]
     assert all(r["seconds"] > 0 for r in results["lasp"] + results["ring"] if "seconds" in r)
-    assert [line for line in lines if line.startswith("==")] == ["== lasp", "== ring"]
+    assert [line for line in lines if line.startswith("==")] == ["== lasp", "== ring", "== overlap"]

@@ -32,7 +32,7 @@ def test_step_of_the_billion_model_runs_the_kernels():
     optimizer = build_optimizer(run.optimizer)
     mesh = build_mesh(MeshConfig(fsdp=4), list(devices))
     with jax.set_mesh(mesh):
-        tokens = NamedSharding(mesh, spec("batch", "sequence"))
+        tokens = NamedSharding(mesh, spec("batch", "attention_sequence"))
         batch = Batch(
             *(jax.ShapeDtypeStruct((4, 8192), dtype, sharding=tokens) for dtype in [jnp.int32] * 4 + [jnp.float32])
         )
@@ -45,3 +45,6 @@ def test_step_of_the_billion_model_runs_the_kernels():
     # One call each in the scanned body; full rematerialisation runs the forward kernel again.
     assert count("lightning_attention_backward") == 1
     assert count("lightning_attention_forward") == 2
+    # Softmax layers take splash attention's kernels.
+    assert count("splash_mha_fwd") == 2
+    assert count("splash_mha_dq") == count("splash_mha_dkv") == 1

@@ -1,0 +1,197 @@
+"""Splash attention behind our operation: values and gradients in the interpreter, and the real compiler's word.
+
+Memory that nobody wrote reads as NaN. No TPU is needed to compile; where libtpu is missing, those tests are skipped.
+"""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from pallas_kernels.aot import CHIPS, compile_for_chip, missing_compiler
+from pallas_kernels.softmax_attention import softmax_attention, tpu
+from pallas_kernels.softmax_attention.reference import softmax_attention_reference
+
+INTERPRET = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)
+SMALL = BlockSizes(*[128] * 8)
+OBLONG = BlockSizes(128, 256, 128, 256, 128, 128, 128, 256)
+
+# (batch, tokens, query heads, key-value heads, key channels, value channels, dtype, blocks, document ids)
+CASES = {
+    "one document": (1, 384, 2, 1, 64, 64, "float32", SMALL, None),
+    "ragged documents": (
+        2,
+        300,
+        4,
+        2,
+        128,
+        64,
+        "float32",
+        SMALL,
+        lambda rng, B, S: np.sort(rng.integers(0, 5, (B, S))),
+    ),
+    "documents at edges of blocks": (
+        1,
+        512,
+        2,
+        1,
+        64,
+        64,
+        "float32",
+        OBLONG,
+        lambda rng, B, S: np.arange(S)[None] // 128,
+    ),
+    "ids that come back": (1, 256, 2, 2, 128, 128, "bfloat16", SMALL, lambda rng, B, S: rng.integers(0, 2, (B, S))),
+}
+
+
+def value_and_gradients(function, arguments, cotangent):
+    @jax.jit
+    def run(*arguments):
+        o, pullback = jax.vjp(function, *arguments)
+        return o, pullback(cotangent)
+
+    return jax.tree.leaves(run(*arguments))
+
+
+def compare(case):
+    B, S, H, G, K, V, dtype, blocks, documents = CASES[case]
+    rng = np.random.default_rng(0)
+    ids = None if documents is None else jnp.asarray(documents(rng, B, S))
+    sizes = ((H, K), (G, K), (G, V), (H, V))
+    *arguments, cotangent = (jnp.asarray(rng.normal(size=(B, S, heads, width)), dtype) for heads, width in sizes)
+    got = value_and_gradients(
+        lambda q, k, v: tpu.softmax_attention_tpu(q, k, v, ids, 0.1, blocks, INTERPRET), arguments, cotangent
+    )
+    wide = [x.astype(jnp.float32) for x in arguments]
+    want = value_and_gradients(
+        lambda q, k, v: softmax_attention_reference(q, k, v, ids, 0.1), wide, cotangent.astype(jnp.float32)
+    )
+    tolerance = 1e-5 if dtype == "float32" else 2e-2
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == dtype
+        assert np.abs(a.astype(jnp.float32) - b).max() <= tolerance * np.abs(b).max()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_kernels_equal_reference(case):
+    compare(case)
+
+
+def test_rows_whose_tables_are_cut_into_parts(monkeypatch):
+    # As for a million tokens: half of the queries a call.
+    monkeypatch.setattr(tpu, "_SCALAR_BYTES", 8 * tpu._TABLE_BYTES // 2)
+    assert tpu._parts(512, OBLONG) == 2
+    compare("documents at edges of blocks")
+
+
+def test_tables_leave_out_what_documents_exclude():
+    runs_S = jnp.asarray(np.repeat([0, 1, 2], [200, 184, 128]), jnp.int32)
+    places = tpu.Places(jnp.arange(512, dtype=jnp.int32)[None], runs_S[None])
+    for tables in (tpu._query_tables(places, places, 128, 128), tpu._key_tables(places, places, 128, 128)):
+        np.testing.assert_array_equal(tables.block_mask[0], [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1]])
+    # What is fetched is what is computed, else what will be next.
+    np.testing.assert_array_equal(
+        tpu._query_tables(places, places, 128, 128).data_next[0],
+        [[0, 0, 0, 0], [0, 1, 1, 1], [1, 1, 2, 3], [3, 3, 3, 3]],
+    )
+    np.testing.assert_array_equal(
+        tpu._key_tables(places, places, 128, 128).data_next[0],
+        [[0, 1, 2, 3], [1, 1, 2, 3], [0, 2, 2, 3], [0, 1, 2, 3]],
+    )
+
+
+def tpu_mesh(axis_type=AxisType.Explicit, size=1):
+    device = AbstractDevice(device_kind="TPU v5", num_cores=1, platform="tpu")
+    return jax.sharding.use_abstract_mesh(AbstractMesh((size,), ("x",), (axis_type,), abstract_device=device))
+
+
+def traced(dtype="bfloat16", channels=128, tokens=256):
+    q, k = (jax.ShapeDtypeStruct((2, tokens, heads, channels), dtype) for heads in (4, 2))
+    return str(jax.make_jaxpr(softmax_attention)(q, k, k))
+
+
+def test_auto_takes_the_kernels_on_a_mesh_of_tpus():
+    assert "splash_mha_fwd" not in traced()
+    with tpu_mesh():
+        assert "splash_mha_fwd" in traced()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"dtype": "float16"}, "bfloat16 and float32"),
+        ({"channels": 96}, "64, 128 or 256 channels"),
+        ({"tokens": 2**20 + 1}, "up to 1,048,576 tokens"),
+    ],
+)
+def test_auto_falls_back_with_a_reason(arguments, reason, caplog):
+    with tpu_mesh():
+        assert "splash_mha_fwd" not in traced(**arguments)
+    assert reason in caplog.text
+
+
+def test_auto_falls_back_where_arrays_are_split(caplog):
+    with tpu_mesh(AxisType.Auto, size=2):
+        assert "splash_mha_fwd" not in traced()
+    assert "in a shard_map" in caplog.text
+
+
+def test_forced_kernels_say_why_they_cannot_run():
+    q = jnp.zeros((1, 4, 2, 64))
+    with pytest.raises(NotImplementedError, match="traced for cpu; 'tpu_interpret'"):
+        softmax_attention(q, q, q, implementation="tpu")
+    with pytest.raises(NotImplementedError, match="64, 128 or 256 channels"):
+        softmax_attention(*[jnp.zeros((1, 4, 2, 8))] * 3, implementation="tpu_interpret")
+
+
+def lower_gradient(B, S, H, G, K, dtype):
+    q, k = (jax.ShapeDtypeStruct((B, S, heads, K), dtype) for heads in (H, G))
+
+    def run(q, k, v, ids, do):
+        o, pullback = jax.vjp(lambda q, k, v: softmax_attention(q, k, v, segment_ids_BS=ids), q, k, v)
+        return o, pullback(do)
+
+    return run, (q, k, k, jax.ShapeDtypeStruct((B, S), jnp.int32), q)
+
+
+compiled_for_tpu = pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
+slow = pytest.mark.slow
+
+
+@compiled_for_tpu
+@pytest.mark.parametrize(
+    ("chip", "size"),
+    [
+        # The released model's heads, packed documents.
+        ("v5p", (1, 8192, 64, 8, 128, "bfloat16")),
+        ("v6e", (1, 8192, 64, 8, 128, "bfloat16")),
+        pytest.param("v5e", (1, 8192, 64, 8, 128, "bfloat16"), marks=slow),
+        pytest.param("tpu7x", (1, 8192, 64, 8, 128, "bfloat16"), marks=slow),
+        pytest.param("v5p", (2, 1000, 4, 2, 64, "bfloat16"), marks=slow),
+        pytest.param("v5p", (1, 4096, 4, 2, 256, "float32"), marks=slow),
+        pytest.param("v6e", (1, 4096, 4, 2, 256, "float32"), marks=slow),
+        # A million tokens, heads split over eight devices.
+        pytest.param("v5p", (1, 2**20, 8, 1, 128, "bfloat16"), marks=slow),
+        pytest.param("v6e", (1, 2**20, 8, 1, 128, "bfloat16"), marks=slow),
+    ],
+    ids=str,
+)
+def test_gradients_compile(chip, size):
+    function, shapes = lower_gradient(*size)
+    text = compile_for_chip(CHIPS[chip], function, *shapes).as_text()
+    assert all(f"splash_mha_{kernel}_segmented" in text for kernel in ("fwd", "dq", "dkv"))
+
+
+def test_a_million_tokens_trace_at_once():
+    function, shapes = lower_gradient(1, 2**20, 64, 8, 128, "bfloat16")
+    with tpu_mesh():
+        start = time.monotonic()
+        jax.make_jaxpr(function)(*shapes)
+        # jax's own tables look at each of 10^12 pairs of tokens.
+        assert time.monotonic() - start < 30
