@@ -6,6 +6,8 @@ compiled for a TPU topology on a laptop. The mesh in scope says it; without one,
 
 import contextlib
 import contextvars
+import functools
+import logging
 from collections.abc import Iterator
 
 import jax
@@ -45,6 +47,21 @@ def unsplit() -> bool:
     """
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.empty or mesh.size == 1 or set(mesh.manual_axes) == set(mesh.axis_names)
+
+
+def no_tpu_kernel_here() -> str | None:
+    """Why no TPU kernel can run at this place of the program, or None."""
+    if target_platform() != "tpu":
+        return f"the code is traced for {target_platform()}; 'tpu_interpret' simulates the kernel on a CPU"
+    if not unsplit():
+        return "the arrays are split over a mesh: call it in a shard_map over all of the mesh's axes"
+    return None
+
+
+@functools.cache
+def say_once(message: str) -> None:
+    """Logs a warning the first time that a process has it to give: which form an operation fell back to, and why."""
+    logging.getLogger("pallas_kernels").warning(message)
 
 
 @contextlib.contextmanager

@@ -3,8 +3,6 @@
 Shapes: M rows, E groups, D input channels, F output channels.
 """
 
-import functools
-import logging
 import math
 
 import jax
@@ -16,7 +14,7 @@ from pallas_kernels.grouped_matmul.blocked import Blocks, grouped_matmul_blocked
 from pallas_kernels.grouped_matmul.padded import grouped_matmul_padded, most_blocks
 from pallas_kernels.grouped_matmul.reference import grouped_matmul_reference
 from pallas_kernels.grouped_matmul.tpu import choose_tiles, grouped_matmul_tpu, unsupported
-from pallas_kernels.platform import target_platform, unsplit
+from pallas_kernels.platform import no_tpu_kernel_here, say_once, target_platform
 
 IMPLEMENTATIONS = ("auto", "reference", "blocked", "padded", "ragged", "tpu", "tpu_interpret")
 
@@ -72,7 +70,7 @@ def grouped_matmul(
         return lax.ragged_dot(x_MD, w_EDF, group_sizes_E, preferred_element_type=wide).astype(x_MD.dtype)
     if implementation in ("tpu", "tpu_interpret"):
         interpret = _INTERPRET if implementation == "tpu_interpret" else False
-        reason = unsupported(x_MD) or (None if interpret else _elsewhere())
+        reason = unsupported(x_MD) or (None if interpret else no_tpu_kernel_here())
         if reason is not None:
             raise NotImplementedError(f"implementation={implementation!r} cannot run: {reason}")
         return grouped_matmul_tpu(x_MD, w_EDF, group_sizes_E, choose_tiles(M, w_EDF), interpret)
@@ -82,29 +80,15 @@ def grouped_matmul(
 def _choose(x_MD: jax.Array, w_EDF: jax.Array) -> str:
     platform = target_platform()
     if platform == "tpu":
-        reason = unsupported(x_MD) or _elsewhere()
+        reason = unsupported(x_MD) or no_tpu_kernel_here()
         if reason is None:
             return "tpu"
-        _say_once(reason)
+        say_once(f"the experts' product takes lax.ragged_dot, not the TPU kernels: {reason}")
         return "ragged"
     rows, E = x_MD.shape[0], w_EDF.shape[0]
     copies = most_blocks(rows, E, _padded_block(rows, E))
     fits = copies * (w_EDF.size // E) * w_EDF.dtype.itemsize <= _PADDED_BYTES
     return "padded" if platform == "gpu" and fits else "blocked"
-
-
-def _elsewhere() -> str | None:
-    """Why no TPU kernel can run at this place of the program, or None."""
-    if target_platform() != "tpu":
-        return f"the code is traced for {target_platform()}; 'tpu_interpret' simulates the kernel on a CPU"
-    if not unsplit():
-        return "the arrays are split over a mesh: call it in a shard_map over all of the mesh's axes"
-    return None
-
-
-@functools.cache
-def _say_once(reason: str) -> None:
-    logging.getLogger(__name__).warning("the experts' product takes lax.ragged_dot, not the TPU kernels: %s", reason)
 
 
 def _blocks(rows: int, groups: int) -> Blocks:

@@ -3,9 +3,6 @@
 Shapes: B batch, S tokens, H heads, K key channels, V value channels.
 """
 
-import functools
-import logging
-
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
@@ -14,7 +11,7 @@ from pallas_kernels.lightning_attention.blocked import lightning_attention_block
 from pallas_kernels.lightning_attention.reference import lightning_attention_reference
 from pallas_kernels.lightning_attention.tpu import lightning_attention_tpu
 from pallas_kernels.lightning_attention.tpu_tiles import choose_tiles, unsupported
-from pallas_kernels.platform import target_platform, unsplit
+from pallas_kernels.platform import no_tpu_kernel_here, say_once, target_platform
 
 IMPLEMENTATIONS = ("auto", "reference", "blocked", "tpu", "gpu", "tpu_interpret", "gpu_interpret")
 
@@ -81,7 +78,7 @@ def lightning_attention(
         return lightning_attention_blocked(*arguments, block, group)
     if implementation in ("tpu", "tpu_interpret"):
         interpret = _INTERPRET if implementation == "tpu_interpret" else False
-        reason = unsupported(q_BSHK, v_BSHV) or (None if interpret else _elsewhere())
+        reason = unsupported(q_BSHK, v_BSHV) or (None if interpret else no_tpu_kernel_here())
         if reason is not None:
             raise NotImplementedError(f"implementation={implementation!r} cannot run: {reason}")
         return lightning_attention_tpu(*arguments, *choose_tiles(q_BSHK, v_BSHV), interpret)
@@ -93,25 +90,11 @@ def lightning_attention(
 def _choose(q_BSHK: jax.Array, v_BSHV: jax.Array) -> str:
     if target_platform() != "tpu":
         return "blocked"
-    reason = unsupported(q_BSHK, v_BSHV) or _elsewhere()
+    reason = unsupported(q_BSHK, v_BSHV) or no_tpu_kernel_here()
     if reason is None:
         return "tpu"
-    _say_once(reason)
+    say_once(f"lightning attention takes the blocked form, not the TPU kernel: {reason}")
     return "blocked"
-
-
-def _elsewhere() -> str | None:
-    """Why no TPU kernel can run at this place of the program, or None."""
-    if target_platform() != "tpu":
-        return f"the code is traced for {target_platform()}; 'tpu_interpret' simulates the kernel on a CPU"
-    if not unsplit():
-        return "the arrays are split over a mesh: call it in a shard_map over all of the mesh's axes"
-    return None
-
-
-@functools.cache
-def _say_once(reason: str) -> None:
-    logging.getLogger(__name__).warning("lightning attention takes the blocked form, not the TPU kernel: %s", reason)
 
 
 def _check(q_BSHK, k_BSHK, v_BSHV, slopes_H, segment_ids_BS, initial_state_BHKV) -> None:

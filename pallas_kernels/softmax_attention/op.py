@@ -3,14 +3,11 @@
 Shapes: B batch, S tokens, H query heads, G key-value heads, K key channels, V value channels.
 """
 
-import functools
-import logging
-
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.platform import target_platform, unsplit
+from pallas_kernels.platform import no_tpu_kernel_here, say_once, target_platform
 from pallas_kernels.softmax_attention.blocked import softmax_attention_blocked
 from pallas_kernels.softmax_attention.pairs import default_block
 from pallas_kernels.softmax_attention.reference import softmax_attention_reference
@@ -69,7 +66,7 @@ def softmax_attention(
         return softmax_attention_blocked(q_BSHK, k_BSGK, v_BSGV, segment_ids_BS, scale, default_block(S))
     if implementation in ("tpu", "tpu_interpret"):
         interpret = _INTERPRET if implementation == "tpu_interpret" else False
-        reason = unsupported(q_BSHK, v_BSGV) or (None if interpret else _elsewhere())
+        reason = unsupported(q_BSHK, v_BSGV) or (None if interpret else no_tpu_kernel_here())
         if reason is not None:
             raise NotImplementedError(f"implementation={implementation!r} cannot run: {reason}")
         blocks = choose_blocks(q_BSHK, v_BSGV)
@@ -84,22 +81,8 @@ def softmax_attention(
 def _choose(q_BSHK: jax.Array, v_BSGV: jax.Array) -> str:
     if target_platform() != "tpu":
         return "blocked"
-    reason = unsupported(q_BSHK, v_BSGV) or _elsewhere()
+    reason = unsupported(q_BSHK, v_BSGV) or no_tpu_kernel_here()
     if reason is None:
         return "tpu"
-    _say_once(reason)
+    say_once(f"softmax attention takes the blocked form, not the TPU kernels: {reason}")
     return "blocked"
-
-
-def _elsewhere() -> str | None:
-    """Why no TPU kernel can run at this place of the program, or None."""
-    if target_platform() != "tpu":
-        return f"the code is traced for {target_platform()}; 'tpu_interpret' simulates the kernel on a CPU"
-    if not unsplit():
-        return "the arrays are split over a mesh: call it in a shard_map over all of the mesh's axes"
-    return None
-
-
-@functools.cache
-def _say_once(reason: str) -> None:
-    logging.getLogger(__name__).warning("softmax attention takes the blocked form, not the TPU kernels: %s", reason)
