@@ -1,17 +1,16 @@
 """Compiled for a TPU, without one: what travels around the ring does so while a step is computed."""
 
-import os
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
 from mmx.parallel.ring import ring_attention
 from mmx.parallel.sequence_layout import SequenceLayout
+from mmx.plan.topology import topology_devices
 from pallas_kernels.platform import compile_for
 from tests.mmx.parallel.rows import AXIS, TOKENS
 
@@ -20,13 +19,9 @@ pytest.importorskip("libtpu")
 
 @pytest.fixture(scope="module")
 def mesh():
-    # Several test processes load the library at once.
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     # The suite's cache of compiled programs cannot read this one back.
     jax.config.update("jax_enable_compilation_cache", False)
-    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices
-    yield Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Explicit,))
+    yield Mesh(np.array(topology_devices("v5p:2x2x1")), (AXIS,), axis_types=(AxisType.Explicit,))
     jax.config.update("jax_enable_compilation_cache", True)
 
 
