@@ -136,6 +136,8 @@ SPREADS = {
     "ragged, one expert a device": ({"expert_exchange": "ragged"}, {"expert": 8}),
     "contiguous slices": ({"sequence_layout": "contiguous"}, {"context": 4, "tensor": 2}),
     "balanced slices": ({"sequence_layout": "balanced"}, {"fsdp": 2, "context": 2, "tensor": 2}),
+    "selective rematerialisation": ({"remat": "selective"}, {"context": 2, "tensor": 2}),
+    "results offloaded to the host": ({"remat": "offload"}, {"context": 2, "tensor": 2}),
     "full rematerialisation": ({"remat": "full"}, {"fsdp": 2, "expert": 2, "context": 2}),
     "tied embeddings": ({"tie_embeddings": True}, {"fsdp": 2, "tensor": 4}),
 }
