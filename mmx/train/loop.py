@@ -19,7 +19,6 @@ from jax.sharding import Mesh
 
 from mmx.config import ConfigError, Run, save_json
 from mmx.data.loader import PreparedData
-from mmx.data.packing import Row
 from mmx.data.prepare import TOKENIZER
 from mmx.parallel import build_mesh
 from mmx.parallel.compiler import compiler_options
@@ -30,10 +29,10 @@ from mmx.train.evaluate import HeldoutLoss, heldout_loss, heldout_sums
 from mmx.train.metrics import MetricsWriter
 from mmx.train.optimizer import build_optimizer
 from mmx.train.placement import BatchPlacement
+from mmx.train.reporter import Reporter
 from mmx.train.schedule import learning_rate
-from mmx.train.step import StepMetrics, TrainState, abstract_state, init_state, start_state, train_step
+from mmx.train.step import TrainState, abstract_state, init_state, start_state, train_step
 from mmx.train.stop import StopRequest, stop_on_signals
-from mmx.train.throughput import document_lengths, utilisation
 
 CONFIG = "config.json"
 
@@ -134,7 +133,7 @@ class _Session:
         self, state: TrainState, progress: Progress, checkpoints: Checkpoints, metrics: MetricsWriter | None
     ) -> Outcome:
         run, console = self._run, self._console
-        reporter = _Reporter(run, console, metrics, self._placement.share.count)
+        reporter = Reporter(run, console, metrics, self._placement.share.count)
         if progress.step == 0:
             self._evaluate(state, progress, reporter)
         console.say("compiling the training step")
@@ -189,7 +188,7 @@ class _Session:
         sums = jax.jit(functools.partial(heldout_sums, self._run.model))
         return lambda params, batch: sums(params, batch, jnp.asarray(sizes))
 
-    def _evaluate(self, state: TrainState, progress: Progress, reporter: _Reporter) -> HeldoutLoss | None:
+    def _evaluate(self, state: TrainState, progress: Progress, reporter: Reporter) -> HeldoutLoss | None:
         if not self._run.data.heldout_sequences:
             return None
         with reporter.paused():
@@ -198,91 +197,3 @@ class _Session:
             loss = heldout_loss(lambda batch: self._heldout_sums(state.params, batch), batches)
         reporter.evaluated(progress, loss)
         return loss
-
-
-class _Reporter:
-    """Turns what the loop sees into metrics rows and progress lines.
-
-    The metrics of a logged step are fetched when the next step has been started, so that the devices never wait for it.
-    """
-
-    def __init__(self, run: Run, console: Console, metrics: MetricsWriter | None, shares: int):
-        """``shares``: parts that a batch is read in, of which this process reads one."""
-        self._run, self._console, self._metrics, self._shares = run, console, metrics, shares
-        self._pending: tuple[Progress, float, StepMetrics, Row] | None = None
-        self.resume_clock()
-
-    def resume_clock(self) -> None:
-        """Starts the time over which throughput is measured."""
-        self._since, self._steps, self._data_seconds = time.monotonic(), 0, 0.0
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Keeps the time inside out of the throughput."""
-        self.flush()
-        started = time.monotonic()
-        yield
-        self._since += time.monotonic() - started
-
-    def waited_for_data(self, seconds: float) -> None:
-        self._data_seconds += seconds
-
-    def step_done(self, progress: Progress, rate: float, step_metrics: StepMetrics, row: Row) -> None:
-        self.flush()
-        self._steps += 1
-        if progress.step % self._run.train.log_every == 0 or progress.step in (1, self._run.train.steps):
-            self._pending = progress, rate, step_metrics, row
-
-    def evaluated(self, progress: Progress, loss: HeldoutLoss) -> None:
-        """Reports a held-out evaluation."""
-        row = {"step": progress.step, "tokens": progress.tokens}
-        self._write(row | {"heldout_loss": loss.nats_per_token, "heldout_bits_per_byte": loss.bits_per_byte})
-        self._console.say(
-            f"step {progress.step}: held out {loss.nats_per_token:.4f} nats/token, {loss.bits_per_byte:.4f} bits/byte"
-        )
-
-    def flush(self) -> None:
-        """Reports the step that is due, waiting for it."""
-        if self._pending is None:
-            return
-        progress, rate, step_metrics, row = self._pending
-        self._pending = None
-        values = jax.device_get(step_metrics)  # Returns when the step is done.
-        seconds = max(time.monotonic() - self._since, 1e-9)
-        tokens_per_step = self._run.data.batch_size * self._run.data.sequence_length
-        speed = self._steps * tokens_per_step / seconds
-        load_LE = values.stats.load.share_E / self._run.model.experts_per_token
-        line = {
-            "step": progress.step,
-            "tokens": progress.tokens,
-            "loss": float(values.loss),
-            "grad_norm": float(values.grad_norm),
-            "learning_rate": rate,
-            "tokens_per_second": speed,
-            "data_wait": self._data_seconds / seconds,
-            "router_load_max": float(load_LE.max() * load_LE.shape[1]),
-            "drop_rate": float(values.stats.dropped.mean()),
-            "drop_rate_by_layer": np.round(values.stats.dropped.astype(float), 6).tolist(),
-            "skipped_steps": int(values.skipped),
-        }
-        mfu = self._utilisation(row, seconds / self._steps)
-        if mfu is not None:
-            line["mfu"] = mfu
-        self._write(line | {"router_load": np.round(load_LE.astype(float), 4).tolist()})
-        self._console.progress(
-            f"step {progress.step}/{self._run.train.steps}  loss {line['loss']:.4f}  "
-            f"grad norm {line['grad_norm']:.3f}  rate {rate:.2e}  "
-            f"{speed:,.0f} tokens/s  data wait {line['data_wait']:.0%}"
-            + (f"  MFU {mfu:.1%}" if mfu is not None else "")
-            + (f"  skipped {line['skipped_steps']}" if line["skipped_steps"] else "")
-        )
-        self.resume_clock()
-
-    def _utilisation(self, row: Row, seconds: float) -> float | None:
-        # The documents that this process reads stand for those of the others.
-        lengths = document_lengths(row["segment_ids"]) * self._shares
-        return utilisation(self._run.model, lengths, seconds, jax.devices()[0].device_kind, jax.device_count())
-
-    def _write(self, row: dict[str, Any]) -> None:
-        if self._metrics is not None:
-            self._metrics.write(row)
