@@ -9,9 +9,9 @@
 On a CPU: tokens a second of a training step, a prefill and a decode step against Transformers' MiniMaxForCausalLM in
 PyTorch (where both are installed) on the same small hybrid, and how the time per token grows with the length.
 
-On one GPU: the model's numbers against the CPU's, the quickstart on both, lightning attention beside FLA and
+On a GPU: the model's numbers against the CPU's, the quickstart on both, lightning attention beside FLA and
 jax-linear-attention (where they are installed), forms of the experts' product, and training steps of
-configs/text_1b.py with a profile.
+configs/text_1b.py with a profile; with several GPUs, meshes over all of them.
 
 On eight virtual CPU devices: LASP+ against LASP, ring attention's balance in each layout of the sequence, and (where
 libtpu is installed, from the program that it compiles) what of the exchange of tokens overlaps the experts.
@@ -36,7 +36,7 @@ from mmx.config import ConfigError, nearest
 
 _CPU = flags.DEFINE_bool("cpu", False, "Measure on the CPU against Transformers; about twenty minutes.")
 _GPU = flags.DEFINE_bool(
-    "gpu", False, "Check and measure on the first GPU; about fourteen minutes, FLA's tuning takes four of them."
+    "gpu", False, "Check and measure on this host's GPUs; about fourteen minutes, FLA's tuning takes four of them."
 )
 _PARALLEL = flags.DEFINE_bool("parallel", False, "Compare ways to spread work, on virtual devices; three minutes.")
 _CONVERSION = flags.DEFINE_bool("conversion", False, "Measure launch.convert; two minutes and 12 GB of disk.")

@@ -39,6 +39,7 @@ SECTIONS = {
     "cudnn": Section(f"{_PACKAGE}.correctness:compare_cudnn", shares_gpu=True),
     "correctness": Section(f"{_PACKAGE}.correctness:compare", f"{_PACKAGE}.correctness:compute_on_cpu", True),
     "quickstart": Section(f"{_PACKAGE}.quickstart:compare", f"{_PACKAGE}.quickstart:train_on_cpu", True),
+    "meshes": Section(f"{_PACKAGE}.meshes:measure"),
     "attention_fla": Section(f"{_PACKAGE}.peers:measure_fla"),
 }
 # Cores that are left to the sections on the GPU, where there are as many again.

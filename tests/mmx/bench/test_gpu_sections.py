@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from mmx.bench.gpu import attention, clock, correctness, experts, quickstart, sections, training
+from mmx.bench.gpu import attention, clock, correctness, experts, meshes, quickstart, sections, training
 from mmx.config import HYBRID_PERIOD
 from tests.tiny import TINY
 
@@ -111,6 +111,26 @@ def test_training(monkeypatch):
     training.measure(sink)
     assert [(r["rows"], r["length"]) for r in sink.results] == [(2, 16), (1, 48)]
     assert all(r["seconds"] > 0 and r["peak_bytes"] > 0 and np.isfinite(r["loss"]) for r in sink.results)
+
+
+def test_meshes(monkeypatch):
+    small = dataclasses.replace(TINY, layer_pattern=HYBRID_PERIOD[-2:], num_layers=2, hidden_size=64)
+    run = meshes.get_config()
+    run.model = small
+    monkeypatch.setattr(meshes, "get_config", lambda: run)
+    monkeypatch.setattr(meshes, "TIMED", (("fsdp", 1.0, 32),))
+    monkeypatch.setattr(meshes, "AXES", ("context", "tensor"))
+    monkeypatch.setattr(meshes, "STEPS", 2)
+    data = dataclasses.replace(meshes.SMALL.data, sequence_length=32)
+    monkeypatch.setattr(meshes, "SMALL", dataclasses.replace(meshes.SMALL, model=small, data=data))
+    sink = Collect()
+    meshes.measure(sink)
+    compared, timed = sink.results
+    # There are 8 devices and fewer heads than that.
+    assert (compared["axis"], compared["verdict"]) == ("context", "agree")
+    assert (timed["mesh"], timed["rows"]) == ("fsdp=8", 8)
+    assert timed["seconds"] > 0
+    assert timed["peak_bytes"] > 0
 
 
 def test_what_does_not_fit_is_not_run(monkeypatch):
