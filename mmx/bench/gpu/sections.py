@@ -26,6 +26,7 @@ class Section(NamedTuple):
     on_gpu: str
     on_cpu: str | None = None  # first, beside the sections before; its files in ``Sink.folder`` are the other's input
     shares_gpu: bool = False  # takes no times, so that neighbours which take none either may run beside it
+    memory: float | None = None  # share of a GPU's that JAX takes at once; None leaves it to the environment
 
 
 _PACKAGE = "mmx.bench.gpu"
@@ -39,7 +40,8 @@ SECTIONS = {
     "cudnn": Section(f"{_PACKAGE}.correctness:compare_cudnn", shares_gpu=True),
     "correctness": Section(f"{_PACKAGE}.correctness:compare", f"{_PACKAGE}.correctness:compute_on_cpu", True),
     "quickstart": Section(f"{_PACKAGE}.quickstart:compare", f"{_PACKAGE}.quickstart:train_on_cpu", True),
-    "meshes": Section(f"{_PACKAGE}.meshes:measure"),
+    # NCCL keeps its buffers outside JAX's share.
+    "meshes": Section(f"{_PACKAGE}.meshes:measure", memory=0.88),
     "attention_fla": Section(f"{_PACKAGE}.peers:measure_fla"),
 }
 # Cores that are left to the sections on the GPU, where there are as many again.
@@ -72,7 +74,11 @@ def report(names: Sequence[str], seconds: float, say: Callable[[str], None], out
                 results[name] = _collect(on_cpu[name], seconds, say) if name in on_cpu else []
             with contextlib.ExitStack() as running:
                 pipes = {
-                    name: running.enter_context(_process(SECTIONS[name].on_gpu, folders[name], share=len(stage) > 1))
+                    name: running.enter_context(
+                        _process(
+                            SECTIONS[name].on_gpu, folders[name], share=len(stage) > 1, memory=SECTIONS[name].memory
+                        )
+                    )
                     for name in stage
                     if not any("failed" in result for result in results[name])
                 }
@@ -98,16 +104,19 @@ def _share_cores(shares: int) -> list[list[int]]:
 
 
 @contextlib.contextmanager
-def _process(target: str, folder: Path, *, cores: Sequence[int] = (), share: bool = False) -> Iterator[Connection]:
+def _process(
+    target: str, folder: Path, *, cores: Sequence[int] = (), share: bool = False, memory: float | None = None
+) -> Iterator[Connection]:
     """Runs ``target`` in a process, which is ended when the context is left.
 
     Args:
       cores: without the GPU on these; empty for all of the machine.
       share: leave GPU memory to others.
+      memory: as in ``Section``.
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_serve, args=(target, folder, cores, share, theirs), daemon=True)
+    process = context.Process(target=_serve, args=(target, folder, cores, share, memory, theirs), daemon=True)
     process.start()
     theirs.close()
     try:
@@ -141,12 +150,16 @@ def _collect(pipe: Connection, seconds: float, say: Callable[[str], None]) -> li
         return fail("the process ended; its message is above")
 
 
-def _serve(target: str, folder: Path, cores: Sequence[int], share: bool, pipe: Connection) -> None:
+def _serve(
+    target: str, folder: Path, cores: Sequence[int], share: bool, memory: float | None, pipe: Connection
+) -> None:
     if cores:
         os.environ["JAX_PLATFORMS"] = "cpu"
         os.sched_setaffinity(0, cores)
     if share:
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    if memory is not None:
+        os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(memory)
     module, function = target.split(":")
     sink, started = Sink(pipe, folder), time.monotonic()
     getattr(import_module(module), function)(sink)
