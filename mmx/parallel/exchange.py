@@ -93,7 +93,8 @@ def choose_body(wanted: str, has_capacity: bool, global_router: bool) -> str:
     """The body for ``wanted="auto"`` on the mesh and platform in scope; any other value stays.
 
     Buckets pay where each device's share of an expert is bounded. Under the global router or without a capacity it is
-    not, and rows travel unpadded; CPUs have no ragged all-to-all and gather instead.
+    not, and rows travel unpadded on TPU. XLA's ragged all-to-all on GPUs reaches a hundredth of NVLink's rate
+    (BUILD_NOTES.md), and CPUs have none: both gather instead.
     """
     if axis_size(EXPERT, EXPERT_TENSOR) == 1:
         return "gather"
@@ -101,7 +102,7 @@ def choose_body(wanted: str, has_capacity: bool, global_router: bool) -> str:
         return wanted
     if has_capacity and not global_router:
         return "padded"
-    return "gather" if target_platform() == "cpu" else "ragged"
+    return "ragged" if target_platform() == "tpu" else "gather"
 
 
 def _padded(x_TD, assignments, experts, num_experts, capacity):

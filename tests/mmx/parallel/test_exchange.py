@@ -8,6 +8,8 @@ import pytest
 from mmx.config import MeshConfig
 from mmx.model.experts import Experts
 from mmx.parallel import build_mesh, spec
+from mmx.parallel.exchange import choose_body
+from pallas_kernels.platform import compile_for
 from tests.tiny import tiny
 
 ROWS, LENGTH = 4, 16
@@ -86,3 +88,27 @@ def test_groups_change_nothing(groups):
     np.testing.assert_allclose(got[0], want[0], atol=1e-6)
     for a, b in zip(got[2], want[2], strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("platform", "has_capacity", "global_router", "body"),
+    [
+        ("tpu", True, False, "padded"),
+        ("tpu", True, True, "ragged"),
+        ("tpu", False, False, "ragged"),
+        # XLA's ragged all-to-all is slow on GPUs and missing on CPUs.
+        ("gpu", False, False, "gather"),
+        ("gpu", True, False, "padded"),
+        ("cpu", False, False, "gather"),
+    ],
+)
+def test_the_automatic_body(platform, has_capacity, global_router, body):
+    with jax.set_mesh(build_mesh(MeshConfig(expert=2), jax.devices()[:2])), compile_for(platform):
+
+        @jax.shard_map(in_specs=(), out_specs=jax.P())
+        def choose():
+            assert choose_body("auto", has_capacity, global_router) == body
+            assert choose_body("padded", has_capacity, global_router) == "padded"
+            return jnp.zeros(())
+
+        jax.eval_shape(choose)
