@@ -9,6 +9,7 @@ Any number of sources, each plain files (one document a file), JSON lines or Par
   python -m launch.prepare --output=data/mine --vocab_size=32768 --source=web=crawl.jsonl --source=code=/home/me/src
 """
 
+import dataclasses
 from pathlib import Path
 
 from absl import flags
@@ -19,6 +20,12 @@ from mmx.config import ConfigError
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write; it must not exist yet.", required=True)
 _SOURCE = flags.DEFINE_multi_string("source", [], "NAME=PATH of a file or folder; may be given several times.")
 _SUFFIX = flags.DEFINE_list("suffix", [], "File endings taken from folders, as in .py,.md; empty takes every file.")
+_JOIN = flags.DEFINE_enum(
+    "join",
+    None,
+    ["package"],
+    "Make one long document of related files: the files of a package of source code, each headed by its path.",
+)
 _TEXT_FIELD = flags.DEFINE_string("text_field", "text", "Key or column that holds the text of a row.")
 _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 2048, "Tokens of the tokenizer to train, special ones included.")
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "An existing tokenizer.json to use instead of training one.")
@@ -36,6 +43,7 @@ def run() -> None:
         print(f"{output} is prepared already")
         return
     sources = [_source(entry) for entry in _SOURCE.value] or [standard_library()]
+    sources = [dataclasses.replace(source, join=_JOIN.value or "") for source in sources]
     report = prepare(
         sources,
         output,

@@ -17,7 +17,7 @@ from typing import Any
 
 from mmx.config import ConfigError
 from mmx.data.corpus import CorpusWriter
-from mmx.data.sources import Source
+from mmx.data.sources import Document, Source
 from mmx.data.tokenizer import Tokenizer
 
 SPLITS = ("train", "heldout")
@@ -25,7 +25,9 @@ REPORT = "dataset.json"
 TOKENIZER = "tokenizer.json"
 # Text that a tokenizer is trained on, at most; merges hardly change beyond it.
 _TRAINING_BYTES = 10**9
+# Documents that are tokenized at once; tokens take more memory than their text.
 _BATCH_DOCUMENTS = 256
+_BATCH_CHARACTERS = 2**23
 
 
 def prepare(
@@ -98,13 +100,24 @@ def _at_most(texts: Iterable[str], size: int) -> Iterator[str]:
             return
 
 
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch, size = [], 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if len(batch) == _BATCH_DOCUMENTS or size >= _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
 def _write(source: Source, folder: Path, tokenizer: Tokenizer, heldout_fraction: float, progress) -> dict[str, Any]:
     """Writes one source's splits; returns its part of the report."""
     writers = {split: CorpusWriter(folder / source.name / split, tokenizer.vocab_size) for split in SPLITS}
     sizes = dict.fromkeys(SPLITS, 0)
-    documents = iter(source)
     done, announced = 0, time.monotonic()
-    while batch := list(itertools.islice(documents, _BATCH_DOCUMENTS)):
+    for batch in _batches(source):
         for document, ids in zip(batch, tokenizer.encode_batch([d.text for d in batch]), strict=True):
             split = "heldout" if is_held_out(document.name, heldout_fraction) else "train"
             writers[split].add([tokenizer.begin_of_document, *ids, tokenizer.end_of_document])
