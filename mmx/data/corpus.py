@@ -2,7 +2,8 @@
 
 A folder holds one split of one source. Each document is its text's tokens between the marks of its beginning and end,
 cut into pieces of at most ``PIECE`` tokens, one record a piece, so that a window of a very long document reads no more
-than the pieces under it. The index keeps only the documents' lengths: records follow from them.
+than the pieces under it. The index keeps only the documents' lengths: records follow from them. Where not every token
+is to be learnt, a second file keeps the spans that are.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ PIECE = 2**13
 SHARD_TOKENS = 2**27
 _INDEX = "index.json"
 _LENGTHS = "document_lengths.npy"
+_COUNTED = "counted_spans.npy"
 _CACHED_RECORDS = 256
 
 
@@ -33,12 +35,22 @@ class CorpusWriter:
         self._folder = folder
         self._dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
         self._lengths: list[int] = []
+        self._counted: list[tuple[int, int, int]] = []
+        self._counts_all = True
         self._shards: list[dict[str, int | str]] = []
         self._writer: ArrayRecordWriter | None = None
         self._shard_tokens = 0
 
-    def add(self, tokens: Sequence[int]) -> None:
-        """Appends a document, marks included."""
+    def add(self, tokens: Sequence[int], counted: Sequence[tuple[int, int]] | None = None) -> None:
+        """Appends a document, marks included.
+
+        Args:
+          tokens: of the document.
+          counted: spans of the tokens that count for the loss, ascending, as (start, stop); None counts all.
+        """
+        self._counts_all &= counted is None
+        spans = [(0, len(tokens))] if counted is None else counted
+        self._counted += [(len(self._lengths), start, stop) for start, stop in spans]
         array = np.asarray(tokens, self._dtype)
         if self._writer is None or self._shard_tokens >= SHARD_TOKENS:
             self._open_shard()
@@ -53,6 +65,8 @@ class CorpusWriter:
         self._close_shard()
         lengths = np.asarray(self._lengths, np.int64)
         np.save(self._folder / _LENGTHS, lengths)
+        if not self._counts_all:
+            np.save(self._folder / _COUNTED, np.asarray(self._counted, np.int64).reshape(-1, 3))
         totals = {"documents": len(lengths), "tokens": int(lengths.sum())}
         index = {**totals, "piece": PIECE, "dtype": self._dtype.str, "shards": self._shards}
         (self._folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
@@ -93,6 +107,7 @@ class Corpus:
                 raise ConfigError(f"{path} {state}: restore it or run launch.prepare again")
         self.lengths = np.load(folder / _LENGTHS, mmap_mode="r")
         self.tokens: int = index["tokens"]
+        self._spans = np.load(folder / _COUNTED) if (folder / _COUNTED).exists() else None
         self._piece: int = index["piece"]
         self._dtype = np.dtype(index["dtype"])
         pieces = -(-np.asarray(self.lengths) // self._piece)
@@ -111,6 +126,15 @@ class Corpus:
         parts = [self._record(int(base + piece)) for piece in range(first, last + 1)]
         tokens = parts[0] if len(parts) == 1 else np.concatenate(parts)
         return tokens[start - first * self._piece : stop - first * self._piece].astype(np.int32)
+
+    def counted(self, document: int, start: int, stop: int) -> np.ndarray:
+        """Which of the tokens ``start`` to ``stop`` of a document count for the loss, bool."""
+        counted = np.full(stop - start, self._spans is None)
+        if self._spans is not None:
+            first, last = np.searchsorted(self._spans[:, 0], [document, document + 1])
+            for _, span_start, span_stop in self._spans[first:last]:
+                counted[max(span_start - start, 0) : max(span_stop - start, 0)] = True
+        return counted
 
     def _read_record(self, record: int) -> np.ndarray:
         return np.frombuffer(self._source[record], self._dtype)

@@ -87,12 +87,13 @@ class PackedRows:
         document, start, stop = piece
         # One token more than the piece, so that its last token has its target.
         tokens = self._corpus.read(document, start, min(stop + 1, int(self._corpus.lengths[document])))
-        size = stop - start
+        size, with_target = stop - start, len(tokens) - 1
+        counted = self._corpus.counted(document, start + 1, start + 1 + with_target)
         values = {
             "tokens": tokens[:size],
-            "targets": np.pad(tokens[1:], (0, size + 1 - len(tokens))),
+            "targets": np.pad(tokens[1:], (0, size - with_target)),
             "segment_ids": np.full(size, segment),
             "positions": np.arange(size),
-            "weights": np.arange(size) < len(tokens) - 1,
+            "weights": np.pad(counted, (0, size - with_target)),
         }
         return {name: values[name].astype(dtype) for name, dtype in ROW_DTYPES.items()}

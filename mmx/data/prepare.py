@@ -15,8 +15,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmx.config import ConfigError
-from mmx.data.corpus import CorpusWriter
+import numpy as np
+
+from mmx.config import ConfigError, DataConfig, nearest
+from mmx.data.corpus import Corpus, CorpusWriter
+from mmx.data.long_qa import LongQA, write_long_qa
+from mmx.data.mixture import BUCKETS, in_bucket
 from mmx.data.sources import Document, Source
 from mmx.data.tokenizer import Tokenizer
 
@@ -37,6 +41,7 @@ def prepare(
     tokenizer: Path | None,
     vocab_size: int,
     heldout_fraction: float,
+    long_qa: Sequence[LongQA] = (),
     progress: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Prepares data for training; returns the report that it also writes.
@@ -50,16 +55,22 @@ def prepare(
       tokenizer: an existing ``tokenizer.json``; None trains one on the sources' training documents.
       vocab_size: of a tokenizer trained here.
       heldout_fraction: share of the documents that is held out, chosen by a hash of their names.
+      long_qa: synthetic sources to make of these.
       progress: receives a line now and then.
 
     Raises:
-      ConfigError: if the output exists, a source cannot be read, or a split would be empty.
+      ConfigError: if the output exists, a source cannot be read, a split would be empty, or ``long_qa`` does not fit.
     """
     if output.exists():
         raise ConfigError(f"{output} exists: remove it or choose another output")
     if not 0 < heldout_fraction < 1:
         raise ConfigError(f"heldout_fraction={heldout_fraction} must be between 0 and 1")
     names = [source.name for source in sources]
+    for wanted in long_qa:
+        wanted.validate()
+        if wanted.source not in names:
+            raise ConfigError(f"--long_qa={wanted.source}: no source of that name{nearest(wanted.source, names)}")
+    names += [wanted.name for wanted in long_qa]
     if len(set(names)) != len(names):
         raise ConfigError(f"two sources share a name among {', '.join(names)}: rename one")
     started = time.monotonic()
@@ -68,11 +79,13 @@ def prepare(
     partial.mkdir(parents=True)
     encoder = Tokenizer.load(tokenizer) if tokenizer else _train(sources, vocab_size, heldout_fraction, progress)
     encoder.save(partial / TOKENIZER)
-    report = {
-        "vocab_size": encoder.vocab_size,
-        "heldout_fraction": heldout_fraction,
-        "sources": {source.name: _write(source, partial, encoder, heldout_fraction, progress) for source in sources},
-    }
+    written = {source.name: _write(source, partial, encoder, heldout_fraction, progress) for source in sources}
+    for wanted in long_qa:
+        written[wanted.name] = write_long_qa(wanted, partial, encoder, heldout_fraction, progress)
+    for name, part in written.items():
+        for split in SPLITS:
+            part[split]["buckets"] = _buckets(Corpus(partial / name / split).lengths)
+    report = {"vocab_size": encoder.vocab_size, "heldout_fraction": heldout_fraction, "sources": written}
     report["seconds"] = round(time.monotonic() - started, 1)
     (partial / REPORT).write_text(json.dumps(report, indent=2) + "\n")
     partial.rename(output)
@@ -83,6 +96,13 @@ def is_held_out(name: str, fraction: float) -> bool:
     """Whether the document of this name is held out; the same on every machine and for every order of files."""
     digest = hashlib.sha256(name.encode()).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
+
+
+def _buckets(lengths: np.ndarray) -> dict[str, dict[str, int]]:
+    """Documents and tokens of each length bucket, by the report's bounds; training may set others."""
+    bounds = DataConfig()
+    found = {bucket: lengths[in_bucket(lengths, bucket, bounds)] for bucket in BUCKETS}
+    return {bucket: {"documents": len(mine), "tokens": int(mine.sum())} for bucket, mine in found.items()}
 
 
 def _train(sources: Sequence[Source], vocab_size: int, heldout_fraction: float, progress) -> Tokenizer:
