@@ -66,7 +66,7 @@ def measure(most_rows: int, say: Callable[[str], None]) -> dict[str, Any]:
 
 
 def make_documents(folder: Path) -> Path:
-    """Prepared documents of all buckets, three million tokens, and questions made of them."""
+    """Prepared documents of all buckets, three million tokens, and as many of questions made of them."""
     rng = np.random.default_rng(0)
     bounds = (1, 32, 128, 2048)  # Thousands of tokens, as in the report.
     with (folder / "text.jsonl").open("w") as file:
@@ -84,7 +84,7 @@ def make_documents(folder: Path) -> Path:
         tokenizer=None,
         vocab_size=265,
         heldout_fraction=0.1,
-        long_qa=[LongQA("text", 600_000, (512, 2**20 // SCALE))],
+        long_qa=[LongQA("text", 3_000_000, (512, 2**20 // SCALE))],
         progress=lambda _: None,
     )
     return folder / "data"

@@ -24,7 +24,7 @@ from mmx.data.tokenizer import Tokenizer
 
 SUFFIX = "_qa"
 SAMPLES = "samples.jsonl"
-SHORTEST = 512
+SHORTEST = 256
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 

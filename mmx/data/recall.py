@@ -88,10 +88,12 @@ class Text:
         self._break = tokenizer.encode("\n\n")
         self._order: list[int] = []
         self._place = 0
+        self._ahead = np.empty(0, np.int32)  # Read already, and not taken.
 
     def take(self, count: int) -> np.ndarray:
         """The next ``count`` tokens."""
-        taken, missing = [], count
+        taken, self._ahead = [self._ahead[:count]], self._ahead[count:]
+        missing = count - len(taken[0])
         while missing:
             if not self._order:
                 self._order = self._rng.permutation(len(self._corpus)).tolist()
@@ -120,6 +122,8 @@ class Text:
             if before < _LINE_SEARCH and shortest < after - before <= min(longest, count)
         )
         start, stop = next(fitting, (0, shortest))
+        # The passage may go on.
+        self._ahead = np.concatenate([tokens[start + count :], self._ahead])
         return tokens[start:stop], tokens[stop : start + count]
 
     def line_breaks(self, tokens: np.ndarray) -> np.ndarray:
