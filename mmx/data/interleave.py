@@ -40,6 +40,7 @@ class Interleaving(grain.transforms.DatasetSelectionMap):
         """
         self._shares = shares
         at_changes = shares(np.asarray(changes, np.int64))
+        self._num_parts = at_changes.shape[1]
         varies = [False, *np.any(at_changes[1:] != at_changes[:-1], axis=1).tolist(), False]
         self._stretches = list(zip([0, *changes], [*changes, sys.maxsize], varies, strict=True))
         self._block = functools.lru_cache(_CACHED_BLOCKS)(self._lay_out_block)
@@ -74,7 +75,7 @@ class Interleaving(grain.transforms.DatasetSelectionMap):
 
     def _rows_before(self, row: int) -> np.ndarray:
         """Rows of each part before the first row of a block, [P]."""
-        total = np.zeros(self._shares(np.zeros(1, np.int64)).shape[1], np.int64)
+        total = np.zeros(self._num_parts, np.int64)
         for start, stop, varies in self._stretches:
             stop = min(stop, row)
             if start >= stop:
@@ -89,7 +90,7 @@ class Interleaving(grain.transforms.DatasetSelectionMap):
         return total
 
     def _count_one_by_one(self, start: int, stop: int) -> np.ndarray:
-        return np.bincount(self._parts(start, stop), minlength=self._shares(np.zeros(1, np.int64)).shape[1])
+        return np.bincount(self._parts(start, stop), minlength=self._num_parts)
 
 
 def _points_below(edge: int, start: int, stop: int) -> int:

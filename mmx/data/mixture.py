@@ -91,8 +91,12 @@ class _Entries:
         seen = set()
         for entry in entries:
             name, _, number = entry.partition("=")
-            source, _, bucket = name.partition("/")
-            self._check(entry, source, bucket)
+            source, has_bucket, bucket = name.partition("/")
+            if source != ALL_SOURCES and source not in self._sources:
+                hint = nearest(source, self._sources)
+                raise ConfigError(f"data.mixture: no source {source!r} in {self._config.path}{hint}")
+            if has_bucket and bucket not in BUCKETS:
+                raise ConfigError(f"data.mixture: {entry!r} names no bucket: use {', '.join(BUCKETS)}")
             if name in seen:
                 raise ConfigError(f"data.mixture: {name!r} is there twice: give it one weight")
             seen.add(name)
@@ -106,19 +110,13 @@ class _Entries:
                 weights[part] = weights.get(part, 0.0) + share
         return weights
 
-    def _check(self, entry: str, source: str, bucket: str) -> None:
-        if source != ALL_SOURCES and source not in self._sources:
-            hint = nearest(source, self._sources)
-            raise ConfigError(f"data.mixture: no source {source!r} in {self._config.path}{hint}")
-        if "/" in entry.partition("=")[0] and bucket not in BUCKETS:
-            raise ConfigError(f"data.mixture: {entry!r} names no bucket: use {', '.join(BUCKETS)}")
-
     def _spread(self, source: str, bucket: str, weight: float) -> dict[Part, float]:
+        """An entry's weight over the parts that it stands for, by their tokens."""
         names = self._documents if source == ALL_SOURCES else [source]
         tokens = {Part(name, bucket): self._tokens(Part(name, bucket)) for name in names}
         total = sum(tokens.values())
         if not total:
-            where = f"source {source!r}" if source != ALL_SOURCES else f"{self._config.path}"
+            where = self._config.path if source == ALL_SOURCES else f"source {source!r}"
             bounds = {
                 SHORT: f"under {self._config.short_below:,} tokens (data.short_below)",
                 MEDIUM: f"of {self._config.short_below:,} to {self._config.long_above:,} tokens (data.short_below, "

@@ -205,12 +205,13 @@ class RecallTasks:
         self._check(room, length)
         passages = [self._text.take_lines(room // rounds) for _ in prompts]
         ending = closing([passages[n][0] for n in asked])
-        passages.append((self._text.take(room % rounds + reserved - _size(ending)), end))
+        line, rest = passages[-1]
+        passages[-1] = line, np.concatenate([rest, self._text.take(room % rounds + reserved - _size(ending))])
         pieces = []
-        for n, (prompt, (line, rest)) in enumerate(zip(prompts, passages, strict=False)):
+        for n, (prompt, (line, rest)) in enumerate(zip(prompts, passages, strict=True)):
             evidence = asked.index(n) if n in asked else None
             pieces += [Piece(prompt), Piece(line, evidence=evidence), Piece(rest), Piece(end)]
-        return [*pieces[:-1], Piece(passages[-1][0]), pieces[-1], *ending]
+        return pieces + ending
 
     def _spliced(self, blocks: list[list[Piece]], closing: list[Piece], length: int) -> list[Piece]:
         """Text with the blocks between its lines, one in each equal stretch of it, and the closing behind."""
