@@ -1,10 +1,9 @@
 """Which part of a mixture each row of the training stream comes from, by arithmetic on the row's number.
 
-Row r takes the part whose stretch of [0, 1), cut up by the shares that hold at r, contains the fractional part of r
-times the golden ratio. These points fill [0, 1) evenly over any run of rows, so a part is off its share by one or two
-rows, however many are counted and wherever the counting starts; and nothing but r decides, so any row can be read at
-any time. How many earlier rows a part had needs no loop over them where shares are constant: the points below an edge
-are a sum of floors, which Euclid's algorithm gives.
+Rows are dealt out in blocks. A part's quota in a block is its shares there, summed and rounded; the n-th row of a quota
+is due where the sum of the shares reaches n + 1/2, and the parts' rows follow each other as they are due. So a part is
+off its share by about one row, over any run of rows. How many rows a part had before a block is a sum of quotas, which
+are the same wherever shares are constant: any row can be found without the ones before it.
 
 Shapes: P parts, N rows, B rows of a block.
 """
@@ -12,19 +11,18 @@ Shapes: P parts, N rows, B rows of a block.
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 
 import grain
 import numpy as np
 
-# Points are fractions of 2^64, where products wrap around by themselves. Edges are kept to 53 bits, so that a double
-# holds them and every comparison is exact.
-_ONE = 2**64
-_GOLDEN = 0x9E3779B97F4A7C15
-_EDGE_BITS = 53
-_BLOCK = 2**13
-_CACHED_BLOCKS = 8
+# Quotas are off by half a row at most, a share of 10^-5.
+_BLOCK = 2**16
+_CACHED_BLOCKS = 4
+# Steps of a row in which due times are compared, so that equal ones stay equal whatever the rounding of sums.
+_DUE_STEPS = 2**20
 
 
 class Interleaving(grain.transforms.DatasetSelectionMap):
@@ -39,12 +37,11 @@ class Interleaving(grain.transforms.DatasetSelectionMap):
             neighbours that have the same shares.
         """
         self._shares = shares
-        at_changes = shares(np.asarray(changes, np.int64))
-        self._num_parts = at_changes.shape[1]
-        varies = [False, *np.any(at_changes[1:] != at_changes[:-1], axis=1).tolist(), False]
-        self._stretches = list(zip([0, *changes], [*changes, sys.maxsize], varies, strict=True))
-        self._block = functools.lru_cache(_CACHED_BLOCKS)(self._lay_out_block)
-        self._count = functools.cache(self._count_one_by_one)
+        self._changes = np.asarray(changes, np.int64)
+        at_changes = shares(self._changes)
+        self._varies = [False, *np.any(at_changes[1:] != at_changes[:-1], axis=1).tolist(), False]
+        self._block = functools.lru_cache(_CACHED_BLOCKS)(self._deal)
+        self._quotas = functools.cache(self._round_shares)
 
     def __len__(self) -> int:
         return sys.maxsize
@@ -54,58 +51,44 @@ class Interleaving(grain.transforms.DatasetSelectionMap):
         parts_B, indices_B = self._block(block)
         return int(parts_B[place]), int(indices_B[place])
 
-    def _lay_out_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+    def _deal(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         """Part of each row of a block, and its index in that part."""
-        start = block * _BLOCK
-        parts_B = self._parts(start, start + _BLOCK)
-        indices_B = np.empty(_BLOCK, np.int64)
-        for part, before in enumerate(self._rows_before(start)):
-            mine = np.flatnonzero(parts_B == part)
-            indices_B[mine] = before + np.arange(len(mine))
-        return parts_B, indices_B
+        quotas_P, before_P = self._quotas(block), self._rows_before(block)
+        sums_BP = np.pad(np.cumsum(self._block_shares(block), axis=0), ((1, 0), (0, 0)))
+        edges_B = np.arange(_BLOCK + 1)
+        due, parts, indices = [], [], []
+        for part, quota in enumerate(quotas_P):
+            nth = np.arange(quota)
+            reached = (nth + 0.5) * (sums_BP[-1, part] / max(quota, 1))
+            due.append(np.rint(np.interp(reached, sums_BP[:, part], edges_B) * _DUE_STEPS).astype(np.int64))
+            parts.append(np.full(quota, part))
+            indices.append(before_P[part] + nth)
+        order = np.argsort(np.concatenate(due), kind="stable")
+        return np.concatenate(parts)[order], np.concatenate(indices)[order]
 
-    def _parts(self, start: int, stop: int) -> np.ndarray:
-        rows_N = np.arange(start, stop)
-        points_N = (rows_N.astype(np.uint64) * np.uint64(_GOLDEN) >> np.uint64(64 - _EDGE_BITS)).astype(np.int64)
-        return np.sum(points_N[:, None] >= self._edges(rows_N), axis=1)
-
-    def _edges(self, rows: np.ndarray) -> np.ndarray:
-        """Where each part but the last ends, in units of 2^-53, int64 [N, P - 1]."""
-        return np.rint(np.cumsum(self._shares(rows), axis=1)[:, :-1] * 2.0**_EDGE_BITS).astype(np.int64)
-
-    def _rows_before(self, row: int) -> np.ndarray:
-        """Rows of each part before the first row of a block, [P]."""
-        total = np.zeros(self._num_parts, np.int64)
-        for start, stop, varies in self._stretches:
-            stop = min(stop, row)
-            if start >= stop:
-                continue
-            if varies:
-                ends = [*range((start // _BLOCK + 1) * _BLOCK, stop, _BLOCK), stop]
-                total += sum(self._count(*run) for run in zip([start, *ends], ends, strict=False))
+    def _rows_before(self, block: int) -> np.ndarray:
+        """Rows of each part in all blocks before one, [P]."""
+        total = np.zeros_like(self._quotas(block))
+        for stretch, run in itertools.groupby(range(block), self._constant_stretch):
+            blocks = list(run)
+            if stretch is None:
+                total += sum(map(self._quotas, blocks))
             else:
-                [edges] = self._edges(np.asarray([start], np.int64))
-                below = [_points_below(int(edge) << (64 - _EDGE_BITS), start, stop) for edge in edges]
-                total += np.diff(np.asarray(below, np.int64), prepend=0, append=stop - start)
+                total += len(blocks) * self._quotas(blocks[0])
         return total
 
-    def _count_one_by_one(self, start: int, stop: int) -> np.ndarray:
-        return np.bincount(self._parts(start, stop), minlength=self._num_parts)
+    def _constant_stretch(self, block: int) -> int | None:
+        """Number of the stretch of constant shares that a block lies in; None if it lies in none."""
+        first, last = np.searchsorted(self._changes, [block * _BLOCK, (block + 1) * _BLOCK - 1], side="right").tolist()
+        return None if first != last or self._varies[first] else first
 
+    def _round_shares(self, block: int) -> np.ndarray:
+        """Rows of each part in a block, int64 [P]: summed shares, the largest remainders rounded up."""
+        sums_P = self._block_shares(block).sum(axis=0)
+        quotas_P = np.floor(sums_P).astype(np.int64)
+        up = np.argsort(quotas_P - sums_P, kind="stable")[: _BLOCK - quotas_P.sum()]
+        quotas_P[up] += 1
+        return quotas_P
 
-def _points_below(edge: int, start: int, stop: int) -> int:
-    """Rows from ``start`` to ``stop`` whose point is below ``edge``, at most 2^64."""
-    first, count = start * _GOLDEN, stop - start
-    # Each such row, and no other, passes a multiple of 2^64 between its point less the edge and its point.
-    return _sum_of_floors(count, _GOLDEN, first) - _sum_of_floors(count, _GOLDEN, first - edge)
-
-
-def _sum_of_floors(count: int, slope: int, offset: int) -> int:
-    """Sum of floor((slope n + offset) / 2^64) over 0 <= n < count, as Euclid's algorithm goes."""
-    total, modulus = 0, _ONE
-    while count > 0:
-        total += count * (count - 1) // 2 * (slope // modulus) + count * (offset // modulus)
-        slope, offset = slope % modulus, offset % modulus
-        count, offset = divmod(slope * count + offset, modulus)
-        modulus, slope = slope, modulus
-    return total
+    def _block_shares(self, block: int) -> np.ndarray:
+        return self._shares(block * _BLOCK + np.arange(_BLOCK, dtype=np.int64))
