@@ -27,8 +27,9 @@ _SUFFIX = flags.DEFINE_list("suffix", [], "File endings taken from folders, as i
 _JOIN = flags.DEFINE_enum(
     "join",
     None,
-    ["package"],
-    "Make one long document of related files: the files of a package of source code, each headed by its path.",
+    ["package", "both"],
+    "package makes one long document of the files of a package of source code, each headed by its path; both keeps the "
+    "files as documents besides.",
 )
 _TEXT_FIELD = flags.DEFINE_string("text_field", "text", "Key or column that holds the text of a row.")
 _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 2048, "Tokens of the tokenizer to train, special ones included.")

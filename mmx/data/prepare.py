@@ -93,7 +93,7 @@ def prepare(
 
 
 def is_held_out(name: str, fraction: float) -> bool:
-    """Whether the document of this name is held out; the same on every machine and for every order of files."""
+    """Whether documents of this name are held out; the same on every machine and for every order of files."""
     digest = hashlib.sha256(name.encode()).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
@@ -108,7 +108,7 @@ def _buckets(lengths: np.ndarray) -> dict[str, dict[str, int]]:
 def _train(sources: Sequence[Source], vocab_size: int, heldout_fraction: float, progress) -> Tokenizer:
     progress(f"training a tokenizer of {vocab_size:,} tokens")
     documents = itertools.chain.from_iterable(sources)
-    texts = (document.text for document in documents if not is_held_out(document.name, heldout_fraction))
+    texts = (document.text for document in documents if not is_held_out(document.held_out_with, heldout_fraction))
     return Tokenizer.train(_at_most(texts, _TRAINING_BYTES), vocab_size)
 
 
@@ -139,7 +139,7 @@ def _write(source: Source, folder: Path, tokenizer: Tokenizer, heldout_fraction:
     done, announced = 0, time.monotonic()
     for batch in _batches(source):
         for document, ids in zip(batch, tokenizer.encode_batch([d.text for d in batch]), strict=True):
-            split = "heldout" if is_held_out(document.name, heldout_fraction) else "train"
+            split = "heldout" if is_held_out(document.held_out_with, heldout_fraction) else "train"
             writers[split].add([tokenizer.begin_of_document, *ids, tokenizer.end_of_document])
             sizes[split] += len(document.text.encode())
         done += len(batch)

@@ -24,10 +24,16 @@ _NOT_LIBRARY = ("site-packages", "dist-packages", "__pycache__", "lib2to3/tests/
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """One document; its name, stable across machines, decides whether it is held out."""
+    """One document; its name, or that of what it is a file of, stable across machines, decides if it is held out."""
 
     name: str
     text: str
+    package: str = ""
+
+    @property
+    def held_out_with(self) -> str:
+        """The name that all documents with the same text in them share."""
+        return self.package or self.name
 
 
 @dataclasses.dataclass
@@ -41,8 +47,8 @@ class Source:
       suffixes: files of a folder that are taken, by ending; empty takes all.
       text_field: column or key of the text.
       excluded: relative folders that are skipped.
-      join: "package" makes one document of the files of a package of source code (mmx.data.packages); files that
-        belong to none, and rows, stay documents of their own.
+      join: "package" makes one document of the files of a package of source code (mmx.data.packages), "both" keeps
+        the files as documents besides. Files that belong to no package, and rows, stay documents of their own.
       unreadable: files left out so far because they are not UTF-8 text.
     """
 
@@ -51,7 +57,7 @@ class Source:
     suffixes: tuple[str, ...] = ()
     text_field: str = "text"
     excluded: tuple[str, ...] = ()
-    join: Literal["", "package"] = ""
+    join: Literal["", "package", "both"] = ""
     unreadable: int = 0
 
     def __iter__(self) -> Iterator[Document]:
@@ -64,17 +70,18 @@ class Source:
             yield from (document for document in documents if document.text)
 
     def _read_package(self, folder: Path, files: list[Path]) -> Iterator[Document]:
-        texts = {}
+        name, texts = self._name(folder), {}
         for path in files:
             if path.name.endswith(_ROWS):
                 yield from self._read(path)
-            else:
+                continue
+            for document in self._read(path):
                 # Paths as an import spells them: from the package's own name on.
-                own = "/".join([folder.resolve().name, *path.relative_to(folder).parts])
-                for document in self._read(path):
-                    texts[own] = document.text
+                texts["/".join([folder.resolve().name, *path.relative_to(folder).parts])] = document.text
+                if self.join == "both":
+                    yield dataclasses.replace(document, package=name)
         if any(texts.values()):
-            yield Document(self._name(folder), packages.join(texts))
+            yield Document(name, packages.join(texts))
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self.path).as_posix() if path != self.path else path.resolve().name

@@ -63,6 +63,18 @@ def test_source_joins_packages(tmp_path):
             assert f"==> {name} <==\n{text}" in documents[package]
 
 
+def test_files_besides_are_held_out_with_their_package(tmp_path):
+    root = write(tmp_path)
+    documents = list(Source("all", root, join="both"))
+    joined = {document.name: document.text for document in Source("all", root, join="package")}
+    single = {document.name: document.text for document in Source("all", root)}
+    assert {document.name: document.text for document in documents} == single | joined
+    assert len(documents) == len(single | joined)
+    for document in documents:
+        package = document.name.split("/")[0]
+        assert document.held_out_with == (package if package in ("app", "crate") else document.name)
+
+
 def test_a_manifest_at_the_root_makes_one_document(tmp_path):
     root = write(tmp_path / "repo")
     (root / "pyproject.toml").write_text("[project]")
