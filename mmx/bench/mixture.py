@@ -3,7 +3,7 @@
 Documents of every length bucket are made up, each of one letter that says which bucket it is of, so that any stretch of
 a row tells where it comes from, and go through everything that real ones do: launch.prepare's code, long-context
 questions, and the loader with the mixture that changes where the questions begin. Lengths of documents, rows and
-buckets are the report's divided by ``SCALE``; a stage has as many rows as the report's.
+buckets are the report's divided by ``SCALE``; a stage has as many rows as the report's, or as are asked for.
 """
 
 from __future__ import annotations

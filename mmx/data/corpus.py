@@ -35,8 +35,8 @@ class CorpusWriter:
         self._folder = folder
         self._dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
         self._lengths: list[int] = []
-        self._counted: list[tuple[int, int, int]] = []
-        self._counts_all = True
+        self._spans: list[tuple[int, int, int]] = []
+        self._with_spans = 0
         self._shards: list[dict[str, int | str]] = []
         self._writer: ArrayRecordWriter | None = None
         self._shard_tokens = 0
@@ -46,11 +46,12 @@ class CorpusWriter:
 
         Args:
           tokens: of the document.
-          counted: spans of the tokens that count for the loss, ascending, as (start, stop); None counts all.
+          counted: spans of the tokens that count for the loss, as (start, stop), to be given for all documents or none;
+            None counts all tokens.
         """
-        self._counts_all &= counted is None
-        spans = [(0, len(tokens))] if counted is None else counted
-        self._counted += [(len(self._lengths), start, stop) for start, stop in spans]
+        if counted is not None:
+            self._spans += [(len(self._lengths), start, stop) for start, stop in counted]
+            self._with_spans += 1
         array = np.asarray(tokens, self._dtype)
         if self._writer is None or self._shard_tokens >= SHARD_TOKENS:
             self._open_shard()
@@ -65,10 +66,13 @@ class CorpusWriter:
         self._close_shard()
         lengths = np.asarray(self._lengths, np.int64)
         np.save(self._folder / _LENGTHS, lengths)
-        if not self._counts_all:
-            np.save(self._folder / _COUNTED, np.asarray(self._counted, np.int64).reshape(-1, 3))
+        if self._with_spans not in (0, len(lengths)):
+            raise ValueError(f"{self._with_spans} of {len(lengths)} documents have spans: give them for all or none")
+        if self._with_spans:
+            np.save(self._folder / _COUNTED, np.asarray(self._spans, np.int64).reshape(-1, 3))
         totals = {"documents": len(lengths), "tokens": int(lengths.sum())}
         index = {**totals, "piece": PIECE, "dtype": self._dtype.str, "shards": self._shards}
+        index["counts_all"] = not self._with_spans
         (self._folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
         return totals
 
@@ -107,7 +111,7 @@ class Corpus:
                 raise ConfigError(f"{path} {state}: restore it or run launch.prepare again")
         self.lengths = np.load(folder / _LENGTHS, mmap_mode="r")
         self.tokens: int = index["tokens"]
-        self._spans = np.load(folder / _COUNTED) if (folder / _COUNTED).exists() else None
+        self._spans = self._load_spans(folder / _COUNTED) if not index.get("counts_all", True) else None
         self._piece: int = index["piece"]
         self._dtype = np.dtype(index["dtype"])
         pieces = -(-np.asarray(self.lengths) // self._piece)
@@ -126,6 +130,12 @@ class Corpus:
         parts = [self._record(int(base + piece)) for piece in range(first, last + 1)]
         tokens = parts[0] if len(parts) == 1 else np.concatenate(parts)
         return tokens[start - first * self._piece : stop - first * self._piece].astype(np.int32)
+
+    @staticmethod
+    def _load_spans(path: Path) -> np.ndarray:
+        if not path.exists():
+            raise ConfigError(f"{path} is missing: restore it or run launch.prepare again")
+        return np.load(path)
 
     def counted(self, document: int, start: int, stop: int) -> np.ndarray:
         """Which of the tokens ``start`` to ``stop`` of a document count for the loss, bool."""
