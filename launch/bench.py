@@ -5,6 +5,7 @@
   python -m launch.bench --parallel
   python -m launch.bench --conversion
   python -m launch.bench --kernels
+  python -m launch.bench --mixture
 
 On a CPU: tokens a second of a training step, a prefill and a decode step against Transformers' MiniMaxForCausalLM in
 PyTorch (where both are installed) on the same small hybrid, and how the time per token grows with the length.
@@ -20,6 +21,8 @@ Conversion: speed and memory of launch.convert both ways on 3.8 GB of made-up we
 
 Of the TPU kernels: time a token and head beside the floor, predicted by the compiler for every chip on any machine with
 libtpu, measured for the TPU that the machine has.
+
+Of the long-context mixtures: the shares of the tokens that the loader delivers in each stage, beside the report's.
 """
 
 import json
@@ -41,6 +44,8 @@ _GPU = flags.DEFINE_bool(
 _PARALLEL = flags.DEFINE_bool("parallel", False, "Compare ways to spread work, on virtual devices; three minutes.")
 _CONVERSION = flags.DEFINE_bool("conversion", False, "Measure launch.convert; two minutes and 12 GB of disk.")
 _KERNELS = flags.DEFINE_bool("kernels", False, "Predict the TPU kernels' times, or measure them on a TPU; minutes.")
+_MIXTURE = flags.DEFINE_bool("mixture", False, "Count what the loader delivers of the long-context mixtures; a minute.")
+_ROWS = flags.DEFINE_integer("rows", 10_000, "Rows of each stage that --mixture reads.", lower_bound=10)
 _CHIPS = flags.DEFINE_list("chips", ["v5e", "v5p", "v6e", "tpu7x"], "TPUs of the kernels' report.")
 _SECTIONS = flags.DEFINE_list("sections", list(SECTIONS), "Sections of the GPU report, in this order.")
 _SECTION_SECONDS = flags.DEFINE_float("section_seconds", 400, "Most that one section of the GPU report may take.")
@@ -120,12 +125,19 @@ def _of_kernels() -> None:
     _write(report(_CHIPS.value, _say))
 
 
+def _of_mixtures() -> None:
+    from mmx.bench.mixture import measure
+
+    _write(measure(_ROWS.value, _say))
+
+
 _PARTS = (
     (_CPU, _on_cpu),
     (_GPU, _on_gpu),
     (_PARALLEL, _on_virtual_devices),
     (_CONVERSION, _of_conversion),
     (_KERNELS, _of_kernels),
+    (_MIXTURE, _of_mixtures),
 )
 
 

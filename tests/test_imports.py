@@ -18,8 +18,8 @@ ALLOWED = {
     "mmx.generate": {"mmx.config", "mmx.parallel", "mmx.model", "pallas_kernels"},
     "mmx.convert": {"mmx.config", "mmx.model", "mmx.data", "mmx.train", "pallas_kernels"},
     "mmx.bench": {
-        *("configs", "mmx.config", "mmx.parallel", "mmx.model", "mmx.train", "mmx.plan", "mmx.generate", "mmx.convert"),
-        "pallas_kernels",
+        *("configs", "mmx.config", "mmx.parallel", "mmx.model", "mmx.data", "mmx.train", "mmx.plan", "mmx.generate"),
+        *("mmx.convert", "pallas_kernels"),
     },
     "mmx.pretrained": {"mmx.config", "mmx.convert", "mmx.model", "mmx.data", "mmx.train", "mmx.generate"},
     "mmx": {"mmx.pretrained"},

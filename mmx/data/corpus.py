@@ -2,7 +2,8 @@
 
 A folder holds one split of one source. Each document is its text's tokens between the marks of its beginning and end,
 cut into pieces of at most ``PIECE`` tokens, one record a piece, so that a window of a very long document reads no more
-than the pieces under it. The index keeps only the documents' lengths: records follow from them.
+than the pieces under it. The index keeps only the documents' lengths: records follow from them. Where not every token
+is to be learnt, a second file keeps the spans that are.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ PIECE = 2**13
 SHARD_TOKENS = 2**27
 _INDEX = "index.json"
 _LENGTHS = "document_lengths.npy"
+_COUNTED = "counted_spans.npy"
 _CACHED_RECORDS = 256
 
 
@@ -33,12 +35,23 @@ class CorpusWriter:
         self._folder = folder
         self._dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
         self._lengths: list[int] = []
+        self._spans: list[tuple[int, int, int]] = []
+        self._with_spans = 0
         self._shards: list[dict[str, int | str]] = []
         self._writer: ArrayRecordWriter | None = None
         self._shard_tokens = 0
 
-    def add(self, tokens: Sequence[int]) -> None:
-        """Appends a document, marks included."""
+    def add(self, tokens: Sequence[int], counted: Sequence[tuple[int, int]] | None = None) -> None:
+        """Appends a document, marks included.
+
+        Args:
+          tokens: of the document.
+          counted: spans of the tokens that count for the loss, as (start, stop), to be given for all documents or none;
+            None counts all tokens.
+        """
+        if counted is not None:
+            self._spans += [(len(self._lengths), start, stop) for start, stop in counted]
+            self._with_spans += 1
         array = np.asarray(tokens, self._dtype)
         if self._writer is None or self._shard_tokens >= SHARD_TOKENS:
             self._open_shard()
@@ -53,8 +66,13 @@ class CorpusWriter:
         self._close_shard()
         lengths = np.asarray(self._lengths, np.int64)
         np.save(self._folder / _LENGTHS, lengths)
+        if self._with_spans not in (0, len(lengths)):
+            raise ValueError(f"{self._with_spans} of {len(lengths)} documents have spans: give them for all or none")
+        if self._with_spans:
+            np.save(self._folder / _COUNTED, np.asarray(self._spans, np.int64).reshape(-1, 3))
         totals = {"documents": len(lengths), "tokens": int(lengths.sum())}
         index = {**totals, "piece": PIECE, "dtype": self._dtype.str, "shards": self._shards}
+        index["counts_all"] = not self._with_spans
         (self._folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
         return totals
 
@@ -93,6 +111,7 @@ class Corpus:
                 raise ConfigError(f"{path} {state}: restore it or run launch.prepare again")
         self.lengths = np.load(folder / _LENGTHS, mmap_mode="r")
         self.tokens: int = index["tokens"]
+        self._spans = self._load_spans(folder / _COUNTED) if not index.get("counts_all", True) else None
         self._piece: int = index["piece"]
         self._dtype = np.dtype(index["dtype"])
         pieces = -(-np.asarray(self.lengths) // self._piece)
@@ -111,6 +130,21 @@ class Corpus:
         parts = [self._record(int(base + piece)) for piece in range(first, last + 1)]
         tokens = parts[0] if len(parts) == 1 else np.concatenate(parts)
         return tokens[start - first * self._piece : stop - first * self._piece].astype(np.int32)
+
+    @staticmethod
+    def _load_spans(path: Path) -> np.ndarray:
+        if not path.exists():
+            raise ConfigError(f"{path} is missing: restore it or run launch.prepare again")
+        return np.load(path)
+
+    def counted(self, document: int, start: int, stop: int) -> np.ndarray:
+        """Which of the tokens ``start`` to ``stop`` of a document count for the loss, bool."""
+        counted = np.full(stop - start, self._spans is None)
+        if self._spans is not None:
+            first, last = np.searchsorted(self._spans[:, 0], [document, document + 1])
+            for _, span_start, span_stop in self._spans[first:last]:
+                counted[max(span_start - start, 0) : max(span_stop - start, 0)] = True
+        return counted
 
     def _read_record(self, record: int) -> np.ndarray:
         return np.frombuffer(self._source[record], self._dtype)

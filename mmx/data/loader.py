@@ -7,6 +7,7 @@ row. So a run may resume with another batch size or another number of processes 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +16,10 @@ import grain
 import numpy as np
 from grain.experimental import ElasticIterator
 
-from mmx.config import ConfigError, DataConfig, nearest
+from mmx.config import ConfigError, DataConfig
 from mmx.data.corpus import Corpus
+from mmx.data.interleave import Interleaving
+from mmx.data.mixture import LONG, MEDIUM, Mixture, Part, in_bucket
 from mmx.data.packing import PackedRows, Row
 from mmx.data.prepare import REPORT, TOKENIZER
 from mmx.data.tokenizer import Tokenizer
@@ -44,7 +47,9 @@ class PreparedData:
         self._report = json.loads((self.folder / REPORT).read_text())
         self.tokenizer_path = self.folder / TOKENIZER
         self.tokenizer = Tokenizer.load(self.tokenizer_path)
-        self._weights = self._mixture()
+        self._corpus = functools.cache(lambda source, split: Corpus(self.folder / source / split))
+        sources = {name: self._is_synthetic(name) for name in self._report["sources"]}
+        self._mixture = Mixture(config, sources, self._tokens)
 
     def training_batches(self, seed: int, share: Share) -> ElasticIterator:
         """An endless iterator of this process's part of each batch; ``get_state`` and ``set_state`` move its position.
@@ -53,13 +58,16 @@ class PreparedData:
           seed: decides the order of documents and rows.
           share: of the batch; its count divides the batch size.
         """
-        parts = []
-        for number, name in enumerate(sorted(self._weights)):
-            rows = PackedRows(self._corpus(name, "train"), self._config.sequence_length, seed=seed + number)
-            parts.append(grain.MapDataset.source(rows).seed(seed + number).shuffle().repeat())
-        weights = [self._weights[name] for name in sorted(self._weights)]
+        parts = [self._rows(part, seed + number) for number, part in enumerate(self._mixture.parts)]
+        row_shares = functools.partial(self._mixture.row_shares, fill=[rows.fill for rows in parts])
         return ElasticIterator(
-            grain.MapDataset.mix(parts, weights) if len(parts) > 1 else parts[0],
+            grain.MapDataset.select_from_datasets(
+                [
+                    grain.MapDataset.source(rows).seed(seed + number).shuffle().repeat()
+                    for number, rows in enumerate(parts)
+                ],
+                Interleaving(row_shares, self._mixture.changes),
+            ),
             self._config.batch_size,
             grain.sharding.ShardOptions(share.index, share.count, drop_remainder=True),
             read_options=grain.ReadOptions(num_threads=self._config.read_threads, prefetch_buffer_size=64),
@@ -68,13 +76,13 @@ class PreparedData:
     def heldout_batches(self, share: Share) -> Iterator[Row]:
         """This process's part of each batch of held-out rows, the same rows at every call.
 
-        At most ``data.heldout_sequences`` rows, spread evenly over the held-out documents of all sources; the last
-        batch is filled up with rows of weight 0.
+        At most ``data.heldout_sequences`` rows, spread evenly over the held-out documents of all sources in the
+        mixture, whatever their buckets and weights; the last batch is filled up with rows of weight 0.
         """
-        sources = [
-            PackedRows(self._corpus(name, "heldout"), self._config.sequence_length, seed=None)
-            for name in sorted(self._weights)
-        ]
+        names = sorted({part.source for part in self._mixture.parts})
+        # Synthetic samples would say how well those are answered, in a number that is read as the loss on text.
+        names = [name for name in names if not self._is_synthetic(name)] or names
+        sources = [PackedRows(self._corpus(name, "heldout"), self._config.sequence_length, seed=None) for name in names]
         places = [(rows, row) for rows in sources for row in range(len(rows))]
         wanted = min(self._config.heldout_sequences, len(places))
         chosen = [places[i * len(places) // wanted] for i in range(wanted)]
@@ -86,23 +94,16 @@ class PreparedData:
             mine = rows[share.index :: share.count]
             yield {name: np.stack([row[name] for row in mine]) for name in empty}
 
-    def _corpus(self, source: str, split: str) -> Corpus:
-        return Corpus(self.folder / source / split)
+    def _rows(self, part: Part, seed: int) -> PackedRows:
+        corpus = self._corpus(part.source, "train")
+        documents = np.flatnonzero(in_bucket(np.asarray(corpus.lengths), part.bucket, self._config))
+        # A synthetic sample asks about what lies far before: it is of no use in parts.
+        whole = part.bucket in (MEDIUM, LONG) or self._is_synthetic(part.source)
+        return PackedRows(corpus, self._config.sequence_length, seed, documents=documents, whole=whole)
 
-    def _mixture(self) -> dict[str, float]:
-        """Weight of each source that is read."""
-        sources = self._report["sources"]
-        if not self._config.mixture:
-            return {name: float(report["train"]["tokens"]) for name, report in sources.items()}
-        weights = {}
-        for entry in self._config.mixture:
-            name, _, weight = entry.partition("=")
-            if name not in sources:
-                raise ConfigError(f"data.mixture: no source {name!r} in {self.folder}{nearest(name, sources)}")
-            try:
-                weights[name] = float(weight)
-            except ValueError:
-                raise ConfigError(f"data.mixture: {entry!r} must read source=weight, as in '{name}=0.5'") from None
-            if weights[name] <= 0:
-                raise ConfigError(f"data.mixture: the weight in {entry!r} must be greater than 0")
-        return weights
+    def _tokens(self, part: Part) -> int:
+        lengths = np.asarray(self._corpus(part.source, "train").lengths)
+        return int(lengths[in_bucket(lengths, part.bucket, self._config)].sum())
+
+    def _is_synthetic(self, source: str) -> bool:
+        return self._report["sources"][source].get("synthetic", False)

@@ -15,9 +15,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmx.config import ConfigError
-from mmx.data.corpus import CorpusWriter
-from mmx.data.sources import Source
+import numpy as np
+
+from mmx.config import ConfigError, DataConfig, nearest
+from mmx.data.corpus import Corpus, CorpusWriter
+from mmx.data.long_qa import LongQA, write_long_qa
+from mmx.data.mixture import BUCKETS, in_bucket
+from mmx.data.sources import Document, Source
 from mmx.data.tokenizer import Tokenizer
 
 SPLITS = ("train", "heldout")
@@ -25,7 +29,9 @@ REPORT = "dataset.json"
 TOKENIZER = "tokenizer.json"
 # Text that a tokenizer is trained on, at most; merges hardly change beyond it.
 _TRAINING_BYTES = 10**9
+# Documents that are tokenized at once; tokens take more memory than their text.
 _BATCH_DOCUMENTS = 256
+_BATCH_CHARACTERS = 2**23
 
 
 def prepare(
@@ -35,6 +41,7 @@ def prepare(
     tokenizer: Path | None,
     vocab_size: int,
     heldout_fraction: float,
+    long_qa: Sequence[LongQA] = (),
     progress: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Prepares data for training; returns the report that it also writes.
@@ -48,16 +55,22 @@ def prepare(
       tokenizer: an existing ``tokenizer.json``; None trains one on the sources' training documents.
       vocab_size: of a tokenizer trained here.
       heldout_fraction: share of the documents that is held out, chosen by a hash of their names.
+      long_qa: synthetic sources to make of these.
       progress: receives a line now and then.
 
     Raises:
-      ConfigError: if the output exists, a source cannot be read, or a split would be empty.
+      ConfigError: if the output exists, a source cannot be read, a split would be empty, or ``long_qa`` does not fit.
     """
     if output.exists():
         raise ConfigError(f"{output} exists: remove it or choose another output")
     if not 0 < heldout_fraction < 1:
         raise ConfigError(f"heldout_fraction={heldout_fraction} must be between 0 and 1")
     names = [source.name for source in sources]
+    for wanted in long_qa:
+        wanted.validate()
+        if wanted.source not in names:
+            raise ConfigError(f"--long_qa={wanted.source}: no source of that name{nearest(wanted.source, names)}")
+    names += [wanted.name for wanted in long_qa]
     if len(set(names)) != len(names):
         raise ConfigError(f"two sources share a name among {', '.join(names)}: rename one")
     started = time.monotonic()
@@ -66,11 +79,13 @@ def prepare(
     partial.mkdir(parents=True)
     encoder = Tokenizer.load(tokenizer) if tokenizer else _train(sources, vocab_size, heldout_fraction, progress)
     encoder.save(partial / TOKENIZER)
-    report = {
-        "vocab_size": encoder.vocab_size,
-        "heldout_fraction": heldout_fraction,
-        "sources": {source.name: _write(source, partial, encoder, heldout_fraction, progress) for source in sources},
-    }
+    written = {source.name: _write(source, partial, encoder, heldout_fraction, progress) for source in sources}
+    for wanted in long_qa:
+        written[wanted.name] = write_long_qa(wanted, partial, encoder, heldout_fraction, progress)
+    for name, part in written.items():
+        for split in SPLITS:
+            part[split]["buckets"] = _buckets(Corpus(partial / name / split).lengths)
+    report = {"vocab_size": encoder.vocab_size, "heldout_fraction": heldout_fraction, "sources": written}
     report["seconds"] = round(time.monotonic() - started, 1)
     (partial / REPORT).write_text(json.dumps(report, indent=2) + "\n")
     partial.rename(output)
@@ -78,15 +93,22 @@ def prepare(
 
 
 def is_held_out(name: str, fraction: float) -> bool:
-    """Whether the document of this name is held out; the same on every machine and for every order of files."""
+    """Whether documents of this name are held out; the same on every machine and for every order of files."""
     digest = hashlib.sha256(name.encode()).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
+
+
+def _buckets(lengths: np.ndarray) -> dict[str, dict[str, int]]:
+    """Documents and tokens of each length bucket, by the report's bounds; training may set others."""
+    bounds = DataConfig()
+    found = {bucket: lengths[in_bucket(lengths, bucket, bounds)] for bucket in BUCKETS}
+    return {bucket: {"documents": len(mine), "tokens": int(mine.sum())} for bucket, mine in found.items()}
 
 
 def _train(sources: Sequence[Source], vocab_size: int, heldout_fraction: float, progress) -> Tokenizer:
     progress(f"training a tokenizer of {vocab_size:,} tokens")
     documents = itertools.chain.from_iterable(sources)
-    texts = (document.text for document in documents if not is_held_out(document.name, heldout_fraction))
+    texts = (document.text for document in documents if not is_held_out(document.held_out_with, heldout_fraction))
     return Tokenizer.train(_at_most(texts, _TRAINING_BYTES), vocab_size)
 
 
@@ -98,15 +120,26 @@ def _at_most(texts: Iterable[str], size: int) -> Iterator[str]:
             return
 
 
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch, size = [], 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if len(batch) == _BATCH_DOCUMENTS or size >= _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
 def _write(source: Source, folder: Path, tokenizer: Tokenizer, heldout_fraction: float, progress) -> dict[str, Any]:
     """Writes one source's splits; returns its part of the report."""
     writers = {split: CorpusWriter(folder / source.name / split, tokenizer.vocab_size) for split in SPLITS}
     sizes = dict.fromkeys(SPLITS, 0)
-    documents = iter(source)
     done, announced = 0, time.monotonic()
-    while batch := list(itertools.islice(documents, _BATCH_DOCUMENTS)):
+    for batch in _batches(source):
         for document, ids in zip(batch, tokenizer.encode_batch([d.text for d in batch]), strict=True):
-            split = "heldout" if is_held_out(document.name, heldout_fraction) else "train"
+            split = "heldout" if is_held_out(document.held_out_with, heldout_fraction) else "train"
             writers[split].add([tokenizer.begin_of_document, *ids, tokenizer.end_of_document])
             sizes[split] += len(document.text.encode())
         done += len(batch)

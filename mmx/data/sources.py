@@ -11,19 +11,29 @@ import json
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 from mmx.config import ConfigError
+from mmx.data import packages
 
+# Files of these kinds hold one document a row.
+_ROWS = (".jsonl", ".jsonl.gz", ".parquet")
 # The standard library's packages that are no part of it, or no text to learn from.
 _NOT_LIBRARY = ("site-packages", "dist-packages", "__pycache__", "lib2to3/tests/data")
 
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """One document; its name, stable across machines, decides whether it is held out."""
+    """One document; its name, or that of what it is a file of, stable across machines, decides if it is held out."""
 
     name: str
     text: str
+    package: str = ""
+
+    @property
+    def held_out_with(self) -> str:
+        """The name that all documents with the same text in them share."""
+        return self.package or self.name
 
 
 @dataclasses.dataclass
@@ -37,6 +47,8 @@ class Source:
       suffixes: files of a folder that are taken, by ending; empty takes all.
       text_field: column or key of the text.
       excluded: relative folders that are skipped.
+      join: "package" makes one document of the files of a package of source code (mmx.data.packages), "both" keeps
+        the files as documents besides. Files that belong to no package, and rows, stay documents of their own.
       unreadable: files left out so far because they are not UTF-8 text.
     """
 
@@ -45,16 +57,34 @@ class Source:
     suffixes: tuple[str, ...] = ()
     text_field: str = "text"
     excluded: tuple[str, ...] = ()
+    join: Literal["", "package", "both"] = ""
     unreadable: int = 0
 
     def __iter__(self) -> Iterator[Document]:
         """Documents in a fixed order, empty ones left out. Raises ConfigError for a path or row that cannot be read."""
         self.unreadable = 0
-        for path in self._files():
-            name = path.relative_to(self.path).as_posix() if path != self.path else path.name
-            for document in self._read(path, name):
-                if document.text:
-                    yield document
+        files = self._files()
+        groups = packages.packages(files, self.path) if self.join else {path: [path] for path in files}
+        for whole, members in groups.items():
+            documents = self._read(whole) if whole.is_file() else self._read_package(whole, members)
+            yield from (document for document in documents if document.text)
+
+    def _read_package(self, folder: Path, files: list[Path]) -> Iterator[Document]:
+        name, texts = self._name(folder), {}
+        for path in files:
+            if path.name.endswith(_ROWS):
+                yield from self._read(path)
+                continue
+            for document in self._read(path):
+                # Paths as an import spells them: from the package's own name on.
+                texts["/".join([folder.resolve().name, *path.relative_to(folder).parts])] = document.text
+                if self.join == "both":
+                    yield dataclasses.replace(document, package=name)
+        if any(texts.values()):
+            yield Document(name, packages.join(texts))
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self.path).as_posix() if path != self.path else path.resolve().name
 
     def _files(self) -> list[Path]:
         if not self.path.exists():
@@ -73,11 +103,12 @@ class Source:
             raise ConfigError(f"source {self.name!r}: no file{wanted} under {self.path}")
         return files
 
-    def _read(self, path: Path, name: str) -> Iterator[Document]:
-        if path.name.endswith((".jsonl", ".jsonl.gz")):
-            yield from self._read_jsonl(path, name)
-        elif path.name.endswith(".parquet"):
+    def _read(self, path: Path) -> Iterator[Document]:
+        name = self._name(path)
+        if path.name.endswith(".parquet"):
             yield from self._read_parquet(path, name)
+        elif path.name.endswith(_ROWS):
+            yield from self._read_jsonl(path, name)
         else:
             try:
                 yield Document(name, path.read_bytes().decode("utf-8"))

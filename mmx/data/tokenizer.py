@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,9 @@ _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _BYTE_OF_CHARACTER = {chr(byte): byte for byte in _PRINTABLE} | {
     chr(0x100 + n): byte for n, byte in enumerate(byte for byte in range(0x100) if byte not in _PRINTABLE)
 }
+# The library needs a hundred bytes and more a character of a text: long ones are handed over in parts.
+_PART_CHARACTERS = 2**18
+_BATCH_CHARACTERS = 2**21
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 
 
@@ -60,7 +63,7 @@ class Tokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        inner.train_from_iterator(texts, trainer)
+        inner.train_from_iterator((part for text in texts for part in _parts(text)), trainer)
         inner.add_special_tokens(list(SPECIAL_TOKENS))
         return cls(inner)
 
@@ -90,7 +93,13 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of several texts, in parallel."""
         self._inner.encode_special_tokens = True  # Text that spells a special token must not become one.
-        return [encoding.ids for encoding in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
+        ids: list[list[int]] = [[] for _ in texts]
+        parts = ((number, part) for number, text in enumerate(texts) for part in _parts(text))
+        for batch in _batches(parts):
+            encodings = self._inner.encode_batch_fast([part for _, part in batch], add_special_tokens=False)
+            for (number, _), encoding in zip(batch, encodings, strict=True):
+                ids[number] += encoding.ids
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out; bytes that are no UTF-8 become U+FFFD."""
@@ -114,3 +123,30 @@ class Tokenizer:
             # The byte-level alphabet writes each byte as one character.
             sizes[index] = 0 if token in special else len(token)
         return sizes
+
+
+def _parts(text: str) -> Iterator[str]:
+    """A text in parts that are tokenized as they are in the whole: pre-tokenization breaks where a line does."""
+    start = 0
+    while len(text) - start > _PART_CHARACTERS:
+        stop = text.rfind("\n", start + 1, start + _PART_CHARACTERS)
+        # White space before the break would be one token with it.
+        while stop > 0 and text[stop - 1].isspace():
+            stop = text.rfind("\n", start + 1, stop)
+        if stop <= 0:  # No such break: cut anywhere.
+            stop = start + _PART_CHARACTERS
+        yield text[start:stop]
+        start = stop
+    yield text[start:]
+
+
+def _batches(parts: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+    batch, size = [], 0
+    for number, part in parts:
+        batch.append((number, part))
+        size += len(part)
+        if size >= _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

@@ -45,6 +45,9 @@ def test_prepare(tmp_path):
         ([f"--source=web={tmp_path / 'none.jsonl'}"], "none.jsonl"),
         ([f"--source=web={empty}"], "empty"),
         ([f"--source=web={broken}"], "broken.jsonl"),
+        ([f"--source=web={broken}", "--join=folder"], "value should be one of <package|both>"),
+        ([f"--source=web={broken}", "--long_qa=wb"], "--long_qa=wb: no source of that name; did you mean 'web'?"),
+        (["--long_qa=python", "--long_qa_lengths=9"], "--long_qa_lengths=9: give two numbers of tokens"),
     ):
         assert sentence in mistake("prepare", f"--output={output}", *sources)
         assert not output.exists()

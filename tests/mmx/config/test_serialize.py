@@ -5,12 +5,15 @@ import json
 import pytest
 
 from configs import minimax_text_01, quickstart
-from mmx.config import ConfigError, from_dict, load_json, save_json, to_dict
+from mmx.config import ConfigError, MixturePoint, from_dict, load_json, save_json, to_dict
 
 
 @pytest.mark.parametrize("recipe", [quickstart, minimax_text_01])
 def test_round_trip(recipe, tmp_path):
     run = recipe.get_config()
+    save_json(run, tmp_path / "config.json")
+    assert load_json(tmp_path / "config.json") == run
+    run.data.mixture_points = (MixturePoint(0, ("a=1",)), MixturePoint(9, ("a/long=1", "b=2")))
     save_json(run, tmp_path / "config.json")
     assert load_json(tmp_path / "config.json") == run
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from configs import minimax_text_01, quickstart, text_1b
-from mmx.config import ConfigError, MeshConfig, ModelConfig, OptimizerConfig, Phase, Run, check_field
+from mmx.config import ConfigError, MeshConfig, MixturePoint, ModelConfig, OptimizerConfig, Phase, Run, check_field
 
 MODEL_MISTAKES = {
     "num_heads=6 is not a multiple of model.num_kv_heads=4": {"num_heads": 6, "num_kv_heads": 4},
@@ -59,6 +59,15 @@ RUN_MISTAKES = {
     "kind='step' is not one of": ({"optimizer.schedule": (Phase("step", 1.0),)}, 1),
     "has no length": ({"optimizer.schedule": (Phase("linear", 1.0), Phase("constant", 1.0))}, 1),
     "needs either steps or tokens": ({"optimizer.schedule": (Phase("linear", 1.0, steps=1, tokens=1),)}, 1),
+    "data.short_below=200 is above data.long_above=100": ({"data.short_below": 200, "data.long_above": 100}, 1),
+    "data.mixture and data.mixture_points are both set": (
+        {"data.mixture": ("a=1",), "data.mixture_points": (MixturePoint(0, ("a=1",)),)},
+        1,
+    ),
+    "data.mixture_points[1].row=5 must be at least 6": (
+        {"data.mixture_points": (MixturePoint(5, ("a=1",)), MixturePoint(5, ("b=1",)))},
+        1,
+    ),
     "must start and end above 0": ({"optimizer.schedule": (Phase("exponential", 0.1, steps=5),)}, 1),
 }
 

@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmx.config import ConfigError, DataConfig
+from mmx.config import ConfigError, DataConfig, MixturePoint
+from mmx.data.corpus import Corpus, CorpusWriter
 from mmx.data.loader import PreparedData, Share
+from mmx.data.packing import PackedRows
 from mmx.data.prepare import is_held_out, prepare
 from mmx.data.sources import Source
 from mmx.data.tokenizer import Tokenizer
@@ -99,11 +101,68 @@ def test_mixture_is_delivered(folder):
     assert share_of_left() == pytest.approx(tokens["left"] / sum(tokens.values()), abs=0.02)
 
 
+def test_shares_move_along_the_stream(folder):
+    points = (MixturePoint(100, ("left=1",)), MixturePoint(300, ("left=1", "right=3")))
+    data = PreparedData(config(folder, mixture_points=points, batch_size=4))
+
+    def is_left(row: np.ndarray) -> bool:
+        text = data.tokenizer.decode(row)
+        return "a" in text or "b" in text
+
+    whole = rows(batches(data, 125))
+    left = np.asarray([is_left(row) for row in whole])
+    assert left[:100].all()
+    assert left[100:300].mean() == pytest.approx((1 + 0.25) / 2, abs=0.02)
+    assert left[100:200].mean() == pytest.approx(1 - 0.75 / 4, abs=0.03)
+    assert left[300:].mean() == pytest.approx(0.25, abs=0.02)
+    # The position stays one number: two processes go on in the middle of it with another batch size.
+    elsewhere = PreparedData(config(folder, mixture_points=points, batch_size=10))
+    halves = [batches(elsewhere, 10, start=148, share=Share(n, 2)) for n in range(2)]
+    got = np.stack([rows(half) for half in halves], axis=1).reshape(-1, 16)
+    np.testing.assert_array_equal(got, whole[148:248])
+
+
+def test_a_part_is_read_whole_before_it_repeats(folder):
+    points = (MixturePoint(0, ("left=3", "right=1")), MixturePoint(400, ("left=1", "right=2")))
+    data = PreparedData(config(folder, mixture_points=points))
+    packed = PackedRows(Corpus(folder / "right" / "train"), 16, seed=1)
+    want = sorted(tuple(packed[n]["tokens"]) for n in range(len(packed)))
+    got = [tuple(row) for row in rows(batches(data, 70)) if {*"yz"} & {*data.tokenizer.decode(row)}]
+    assert len(got) > len(want)
+    assert sorted(got[: len(want)]) == want
+
+
+def test_buckets(folder, tmp_path):
+    """Rows of a bucket hold its documents and no others; those that are not short are cut only by a row's length."""
+    lengths = np.asarray([10, 40, 41, 70, 100, 130, 201, 7, 64, 99])
+    (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    (tmp_path / "dataset.json").write_text(json.dumps({"sources": {"all": {}}}))
+    writer = CorpusWriter(tmp_path / "all" / "train", 270)
+    for number, length in enumerate(lengths):
+        writer.add([number] * length)  # Every token says which document it is of.
+    writer.close()
+    bounds = {"short_below": 41, "long_above": 99, "sequence_length": 64, "batch_size": 1}
+    for bucket, inside in (
+        ("short", lengths < 41),
+        ("medium", (lengths >= 41) & (lengths <= 99)),
+        ("long", lengths > 99),
+    ):
+        for entry in (f"all/{bucket}=1", f"*/{bucket}=1"):
+            parts = [
+                row["tokens"][0][row["segment_ids"][0] == segment]
+                for row in batches(PreparedData(config(tmp_path, mixture=(entry,), **bounds)), 40)
+                for segment in range(1, row["segment_ids"].max() + 1)
+            ]
+            assert {int(part[0]) for part in parts} == set(np.flatnonzero(inside))
+            if bucket != "short":
+                assert all(len(part) in (64, lengths[part[0]] % 64) for part in parts)
+                assert {int(part[0]) for part in parts if len(part) == min(64, lengths[part[0]])} == set(
+                    np.flatnonzero(inside)
+                )
+
+
 def test_an_epoch_reads_every_row_once(folder):
     data = PreparedData(config(folder, mixture=("right=1",), batch_size=1))
-    from mmx.data.corpus import Corpus
-    from mmx.data.packing import PackedRows
-
     packed = PackedRows(Corpus(folder / "right" / "train"), 16, seed=0)
     want = sorted(tuple(packed[n]["tokens"]) for n in range(len(packed)))
     first = [tuple(row) for row in rows(batches(data, len(packed)))]

@@ -91,6 +91,34 @@ def test_rows_are_the_stream_cut_up(tmp_path, S, seed):
     np.testing.assert_array_equal(predicted, ~first & covered)
 
 
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("whole", [False, True])
+def test_only_spans_count(tmp_path, whole):
+    spans = [[(1, 3), (4, 5)], [], [(0, 1), (17, 40), (100, 130)]]
+    lengths = [5, 40, 130]
+    writer = CorpusWriter(tmp_path / "c", 1000)
+    for number, (length, counted) in enumerate(zip(lengths, spans, strict=True)):
+        writer.add([number] * length, counted=counted)
+    writer.close()
+    rows = PackedRows(Corpus(tmp_path / "c"), 24, None, whole=whole)
+    got = [0, 0, 0]
+    for row in (rows[n] for n in range(len(rows))):
+        assert set(row["weights"]) <= {0, 1}
+        for number in range(3):
+            got[number] += int(row["weights"][(row["tokens"] == number) & (row["segment_ids"] > 0)].sum())
+    # A document's first token is no target; nor are, in a stream, the last tokens, which fill no row, but their first.
+    left_out = 0 if whole else sum(lengths) % 24 - 1
+    assert got == [3, 0, 23 + 30 - left_out]
+    (tmp_path / "c" / "counted_spans.npy").unlink()
+    with pytest.raises(ConfigError, match=r"counted_spans\.npy is missing: restore it"):
+        Corpus(tmp_path / "c")
+    mixed = CorpusWriter(tmp_path / "mixed", 1000)
+    mixed.add([1, 2])
+    mixed.add([1, 2], counted=[(0, 2)])
+    with pytest.raises(ValueError, match="1 of 2 documents have spans"):
+        mixed.close()
+
+
 def test_corpus_shorter_than_a_row_is_padded(tmp_path):
     documents = write(tmp_path / "c", lengths=[4, 3])
     rows = PackedRows(Corpus(tmp_path / "c"), 10, None)

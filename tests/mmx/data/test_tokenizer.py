@@ -3,6 +3,7 @@
 import pytest
 
 from mmx.config import ConfigError
+from mmx.data import tokenizer as tokenizer_module
 from mmx.data.tokenizer import SMALLEST_VOCABULARY, SPECIAL_TOKENS, Tokenizer
 
 TEXTS = ["def main():\n    return 'naïve ☃'\n", "    x = 1\n\n\n", "привет, мир", "\x00\x7f\t tabs"]
@@ -19,6 +20,19 @@ def test_round_trip(tokenizer, tmp_path):
         for text in [*TEXTS, "unseen: 你好 \U0001f600", ""]:
             assert each.decode(each.encode(text)) == text
         assert each.encode_batch(TEXTS) == [each.encode(text) for text in TEXTS]
+
+
+def test_long_texts_are_tokenized_in_parts_as_in_one(tokenizer, monkeypatch):
+    texts = ["".join(TEXTS) * 9, "", "one line " * 40, "\n" * 70 + "\n  \n x" * 20, "é" * 100 + "\nend"]
+    want = tokenizer.encode_batch(texts)
+    vocabulary = Tokenizer.train(texts[:1], 320)._inner.to_str()
+    monkeypatch.setattr(tokenizer_module, "_PART_CHARACTERS", 64)
+    monkeypatch.setattr(tokenizer_module, "_BATCH_CHARACTERS", 100)
+    got = tokenizer.encode_batch(texts)
+    assert [tokenizer.decode(ids) for ids in got] == texts
+    # Where a part has no break it is cut within a line, and only there tokens may differ.
+    assert (got[0], got[1], got[4][-4:]) == (want[0], want[1], want[4][-4:])
+    assert Tokenizer.train(texts[:1], 320)._inner.to_str() == vocabulary
 
 
 def test_bytes_of_tokens_add_up(tokenizer):
