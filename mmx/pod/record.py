@@ -1,0 +1,111 @@
+"""What was asked for, kept in a file: later commands need only the pod's name, and resume knows what to repeat."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from mmx.config import ConfigError, from_dict
+from mmx.pod.request import PodRequest
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """A launcher, as ``run`` was told to start it."""
+
+    launcher: str
+    arguments: tuple[str, ...]
+    environment: tuple[str, ...] = ()  # NAME=VALUE
+    logs: str = ""  # folder of a bucket that gets the hosts' logs
+
+    def __post_init__(self):
+        for pair in self.environment:
+            if not re.fullmatch(r"[A-Za-z_]\w*=.*", pair, re.DOTALL):
+                raise ConfigError(f"--env={pair}: write NAME=VALUE")
+        if self.logs and not self.logs.startswith("gs://"):
+            raise ConfigError(f"--logs={self.logs}: write a folder of a bucket, as in gs://bucket/logs")
+        if self.workdir.startswith("gs://"):
+            raise ConfigError(
+                f"--workdir={self.workdir}: a workdir is a folder that every host sees; mount the bucket on the hosts "
+                "(Cloud Storage FUSE) or use a network file system, and give the path"
+            )
+        if self.workdir and not self.workdir.startswith("/"):
+            raise ConfigError(
+                f"--workdir={self.workdir}: write an absolute path that every host sees; setup replaces the checkout, "
+                "and what lies in it"
+            )
+
+    @property
+    def workdir(self) -> str:
+        """Its workdir, or empty."""
+        return next((a.partition("=")[2] for a in self.arguments if a.startswith("--workdir=")), "")
+
+
+class Record:
+    """A JSON file of a pod: its request and what it runs."""
+
+    def __init__(self, folder: Path, name: str):
+        self.path = folder / f"{name}.json"
+        self._name = name
+
+    def request(self, given: dict[str, Any]) -> PodRequest:
+        """The request that is on record, or that flags describe.
+
+        Args:
+          given: fields of PodRequest that flags gave.
+
+        Raises:
+          ConfigError: if the two contradict each other, or neither is complete.
+        """
+        known = self._read().get("pod", {})
+        for field, value in given.items():
+            if field in known and known[field] != value:
+                raise ConfigError(
+                    f"--{field}={value} contradicts {self.path}, where {self._name} has {known[field]!r}: leave the "
+                    "flag out, or delete the pod first"
+                )
+        fields = {"name": self._name} | known | given
+        for field in ("zone", "accelerator_type"):
+            if field not in fields:
+                raise ConfigError(f"--{field} is missing: there is no record of {self._name} in {self.path}")
+        return from_dict(fields, PodRequest)
+
+    def launch(self) -> Launch:
+        """What runs on it.
+
+        Raises:
+          ConfigError: if nothing was started yet.
+        """
+        known = self._read().get("run")
+        if known is None:
+            raise ConfigError(f"{self.path} knows of no run: start one with run")
+        return from_dict(known, Launch)
+
+    def has_launch(self) -> bool:
+        """Whether anything was started."""
+        return "run" in self._read()
+
+    def save(self, pod: PodRequest, launch: Launch | None = None) -> None:
+        """Writes both; None keeps the run that is on record."""
+        values = self._read() | {"pod": dataclasses.asdict(pod)}
+        if launch is not None:
+            values["run"] = dataclasses.asdict(launch)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(values, indent=2) + "\n")
+        partial.replace(self.path)
+
+    def forget(self) -> None:
+        """Removes the file."""
+        self.path.unlink(missing_ok=True)
+
+    def _read(self) -> dict[str, Any]:
+        if not self.path.exists():
+            return {}
+        try:
+            return json.loads(self.path.read_text())
+        except json.JSONDecodeError:
+            raise ConfigError(f"{self.path} is no JSON: mend or remove it") from None
