@@ -64,10 +64,18 @@ def ssh_everywhere(pod: PodRequest, command: str) -> list[str]:
     return [*_QUEUED, "ssh", pod.name, *_place(pod), *_EVERYWHERE, *_route(pod), f"--command={command}"]
 
 
-def ssh_one(pod: PodRequest, node: int, worker: int, command: str = "") -> list[str]:
-    """Runs a shell command on one host, or opens a shell there."""
-    inner = [f"--command={command}"] if command else []
-    return [*_TPU_VM, "ssh", pod.node(node), *_place(pod), f"--worker={worker}", *_route(pod), *inner]
+def ssh_host(pod: PodRequest, node: int, worker: int, command: str) -> list[str]:
+    """Runs a shell command on one host; the status is its."""
+    pod.node(node)
+    where = [f"--node={node}", f"--worker={worker}"]
+    return [*_QUEUED, "ssh", pod.name, *_place(pod), *where, *_route(pod), f"--command={command}"]
+
+
+def shell(pod: PodRequest, node: int, worker: int) -> list[str]:
+    """Opens a shell on one host. Only the alpha version goes through Google's proxy."""
+    gcloud, *group = _TPU_VM
+    group = ["alpha", *group] if pod.connection == "iap" else group
+    return [gcloud, *group, "ssh", pod.node(node), *_place(pod), f"--worker={worker}", *_route(pod)]
 
 
 def storage_tails(pattern: str) -> list[str]:

@@ -40,6 +40,10 @@ class NotComing(ConfigError):
         super().__init__(f"{name} is {state}: {_REMEDY[state.phase]}")
 
 
+class Incomplete(ConfigError):
+    """Something that all hosts had to do was done by some."""
+
+
 class Pod:
     """One pod."""
 
@@ -88,8 +92,7 @@ class Pod:
     def _install(self, archive: str, extras: str) -> None:
         self._runner.run(install.pack(archive))
         self._runner.run(install.ship(self._request, archive))
-        self._runner.run(install.install(self._request, extras))
-        self._announce(f"{self._request.name}: installed on {self._request.hosts} hosts")
+        self._on_all(install.install(self._request, extras), "installed", quiet=False)
 
     def run(self, launch: Launch) -> None:
         """Starts a launcher on every host and leaves it running.
@@ -103,8 +106,7 @@ class Pod:
         )
         if not self._runner.dry:
             self._record.save(self._request, launch)
-        self._runner.run(commands.ssh_everywhere(self._request, start))
-        self._announce(f"started {launch.launcher} on {self._request.hosts} hosts; see status and logs")
+        self._on_all(commands.ssh_everywhere(self._request, start), "started")
 
     def look(self) -> Look:
         """The state of the pod and of its run. A pod that is away still has the progress in a bucket."""
@@ -140,18 +142,20 @@ class Pod:
             return self._runner.attach(commands.storage_tails(f"{copies}/*.log"))
         rest = ["--follow"] if follow else []
         command = install.on_host("logs", f"--lines={lines}", *rest)
-        return self._runner.attach(commands.ssh_one(self._request, node, worker, command))
+        return self._runner.attach(commands.ssh_host(self._request, node, worker, command))
 
     def ssh(self, node: int, worker: int, command: list[str]) -> int:
         """Opens a shell on a host, or runs a command on all of them."""
         if command:
             self._runner.run(commands.ssh_everywhere(self._request, shlex.join(command)))
             return 0
-        return self._runner.attach(commands.ssh_one(self._request, node, worker))
+        return self._runner.attach(commands.shell(self._request, node, worker))
 
     def stop(self, kill: bool) -> None:
         """Asks the launcher on every host to save and leave."""
-        self._runner.run(commands.ssh_everywhere(self._request, install.on_host("stop", *(["--kill"] if kill else []))))
+        self._on_all(
+            commands.ssh_everywhere(self._request, install.on_host("stop", *(["--kill"] if kill else []))), "stopping"
+        )
 
     def delete(self) -> None:
         """Deletes the pod with all its slices, whatever state it is in."""
@@ -191,7 +195,7 @@ class Pod:
                 self._announce(
                     f"{look.condition.value} ({look.hosts.running} of {self._request.hosts}): starting again"
                 )
-                with contextlib.suppress(GcloudError):  # A host that was replaced has nothing to stop.
+                with contextlib.suppress(GcloudError, Incomplete):  # A host that was replaced has nothing to stop.
                     self.stop(kill=True)
             if len(look.hosts.answers) == self._request.hosts:
                 self.run(launch)
@@ -237,7 +241,7 @@ class Pod:
                 if condition is not Condition.RUNNING and settled:
                     self.resume(launch, archive, extras)
                     partial = False
-            except (GcloudError, NotComing) as error:
+            except (GcloudError, NotComing, Incomplete) as error:
                 # Networks and zones have bad minutes, and a watch that ends in one of them is no watch; but what never
                 # worked is a mistake, and so is a request that fails again and again.
                 if not seen or (failed := failed + _is_failure(error)) > failures:
@@ -264,8 +268,18 @@ class Pod:
             printed = self._runner.ask(commands.ssh_everywhere(self._request, install.on_host("status")))
         except GcloudError as error:
             printed = error.printed  # Of the hosts that could be asked.
-        hosts = parse_answers(printed, self._request.hosts)
-        return hosts if hosts.answers else None
+        answers = parse_answers(printed, "running")
+        return Hosts(answers, self._request.hosts) if answers else None
+
+    def _on_all(self, command: list[str], done: str, quiet: bool = True) -> None:
+        """Runs a command on every host and counts: gcloud leaves out hosts that it cannot reach, and ends with 0."""
+        printed = self._runner.ask(command) if quiet else self._runner.run(command)
+        if self._runner.dry:
+            return
+        count = len(parse_answers(printed, done))
+        if count < self._request.hosts:
+            raise Incomplete(f"{self._request.name}: {done} on {count} of {self._request.hosts} hosts only: see status")
+        self._say(f"{self._request.name}: {done} on {count} hosts")
 
     def _announce(self, message: str) -> None:
         if not self._runner.dry:

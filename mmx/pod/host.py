@@ -4,7 +4,7 @@
   python -m mmx.pod.host status | stop [--kill] | logs [--lines=N] [--follow]
 
 Everything lies in ~/mmx-run: ``command.json``, ``pids.json``, ``log`` (all attempts, one behind the other), ``exit``
-(the status of the last one) and ``stopped`` (somebody asked for it). Standard library only, for it has to answer at once.
+(the status of the last one) and ``stopped`` (somebody asked for it). Standard library only: it has to answer at once.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import json
@@ -74,15 +75,11 @@ class Hosts:
         return Condition.INTERRUPTED if unfinished else Condition.FINISHED
 
 
-def parse_answers(printed: str, expected: int) -> Hosts:
-    """Finds the hosts' lines among all else that ssh prints."""
+def parse_answers(printed: str, field: str) -> list[dict]:
+    """The hosts' lines with this field, among all else that ssh prints."""
     answers = []
     for line in printed.splitlines():
         if line.startswith('{"host":'):
-            try:
-                answer = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if "running" in answer:
-                answers.append(answer)
-    return Hosts(answers, expected)
+            with contextlib.suppress(json.JSONDecodeError):
+                answers.append(json.loads(line))
+    return [answer for answer in answers if field in answer]
