@@ -91,12 +91,14 @@ def start(launcher: list[str], environment: dict[str, str], logs: str) -> int:
 
 
 def supervise() -> int:
-    """Runs the launcher, hands SIGTERM on to it, copies the log to the bucket and writes down how it ended."""
+    """Runs the launcher, copies its log to the bucket and writes down how it ended."""
     command = _read("command.json")
     line = [sys.executable, "-u", "-m", f"launch.{command['launcher']}", *command["arguments"]]
     print(f"== {time.strftime('%F %T')} attempt {command['attempt']}: {shlex.join(line)}", flush=True)
     process = subprocess.Popen(line, stdin=subprocess.DEVNULL, env=os.environ | command["environment"])
-    signal.signal(signal.SIGTERM, lambda number, _: process.send_signal(number))
+    # A machine that goes down tells every process. The launcher takes a second SIGTERM as a wish to end without saving, so
+    # it is not handed on; this process stays until the launcher is gone.
+    signal.signal(signal.SIGTERM, lambda *_: None)
     # The start wrote this process's number; both are needed to see an orphan.
     _write("pids.json", {"supervisor": os.getpid(), "launcher": process.pid})
     copied = _Copies(command["logs"])
@@ -108,8 +110,8 @@ def supervise() -> int:
             copied.copy()
     code = 128 - code if code < 0 else code
     print(f"== {time.strftime('%F %T')} ended with status {code}", flush=True)
-    copied.copy()
     (folder() / "exit").write_text(str(code))
+    copied.copy()
     return code
 
 
@@ -188,6 +190,8 @@ def _write(name: str, values: dict) -> None:
 
 def _alive() -> list[int]:
     """Processes of the run that still are; numbers that others got since do not count."""
+    if (folder() / "exit").exists():
+        return []  # The supervisor may still be copying the log.
     alive = []
     for pid in _read("pids.json").values():
         with contextlib.suppress(OSError):
