@@ -96,8 +96,8 @@ def supervise() -> int:
     line = [sys.executable, "-u", "-m", f"launch.{command['launcher']}", *command["arguments"]]
     print(f"== {time.strftime('%F %T')} attempt {command['attempt']}: {shlex.join(line)}", flush=True)
     process = subprocess.Popen(line, stdin=subprocess.DEVNULL, env=os.environ | command["environment"])
-    # A machine that goes down tells every process. The launcher takes a second SIGTERM as a wish to end without saving, so
-    # it is not handed on; this process stays until the launcher is gone.
+    # A machine that goes down tells every process. The launcher takes a second SIGTERM as a wish to end without saving,
+    # so it is not handed on; this process stays until the launcher is gone.
     signal.signal(signal.SIGTERM, lambda *_: None)
     # The start wrote this process's number; both are needed to see an orphan.
     _write("pids.json", {"supervisor": os.getpid(), "launcher": process.pid})
