@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mmx.pod.progress import TAIL
 from mmx.pod.request import PodRequest
 
 _QUEUED = ("gcloud", "compute", "tpus", "queued-resources")
@@ -76,6 +77,16 @@ def shell(pod: PodRequest, node: int, worker: int) -> list[str]:
     gcloud, *group = _TPU_VM
     group = ["alpha", *group] if pod.connection == "iap" else group
     return [gcloud, *group, "ssh", pod.node(node), *_place(pod), f"--worker={worker}", *_route(pod)]
+
+
+def storage_tail(url: str) -> list[str]:
+    """The end of an object."""
+    return ["gcloud", "storage", "cat", url, f"--range=-{TAIL}"]
+
+
+def storage_list(url: str) -> list[str]:
+    """Names of what lies in a folder, a line each."""
+    return ["gcloud", "storage", "ls", url]
 
 
 def storage_tails(pattern: str) -> list[str]:

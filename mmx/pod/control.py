@@ -12,7 +12,7 @@ from mmx.config import ConfigError
 from mmx.pod import commands, install
 from mmx.pod.gcloud import GcloudError, Runner
 from mmx.pod.hosts import Condition, Hosts, parse_answers
-from mmx.pod.progress import Progress, show_seconds
+from mmx.pod.progress import Progress, read_checkpoints, read_config, read_metrics_tail, show_seconds
 from mmx.pod.record import Launch, Record
 from mmx.pod.request import PodRequest
 from mmx.pod.states import Phase, State, ask_state
@@ -112,7 +112,7 @@ class Pod:
         """The state of the pod and of its run. A pod that is away still has the progress in a bucket."""
         state = ask_state(self._request, self._runner)
         hosts = self._ask_hosts() if state.phase is Phase.READY else None
-        return Look(state, hosts, hosts.progress() if hosts else Progress())
+        return Look(state, hosts, hosts.progress() if hosts else self._progress_in_bucket())
 
     def status(self) -> int:
         """Prints a look; 0 unless the run failed."""
@@ -280,6 +280,18 @@ class Pod:
         if count < self._request.hosts:
             raise Incomplete(f"{self._request.name}: {done} on {count} of {self._request.hosts} hosts only: see status")
         self._say(f"{self._request.name}: {done} on {count} hosts")
+
+    def _progress_in_bucket(self) -> Progress:
+        """What a pod that is away has left where its workdir lies in a bucket."""
+        workdir = self._record.launch().workdir.rstrip("/") if self._record.has_launch() else ""
+        progress = Progress()
+        if workdir.startswith("gs://"):
+            for name, read in (("config.json", read_config), ("metrics.jsonl", read_metrics_tail)):
+                with contextlib.suppress(GcloudError):  # It is not there yet.
+                    read(self._runner.ask(commands.storage_tail(f"{workdir}/{name}")), progress)
+            with contextlib.suppress(GcloudError):
+                read_checkpoints(self._runner.ask(commands.storage_list(f"{workdir}/checkpoints/")), progress)
+        return progress
 
     def _announce(self, message: str) -> None:
         if not self._runner.dry:

@@ -22,10 +22,11 @@ import sys
 import time
 from pathlib import Path
 
+from mmx.pod.buckets import mount_buckets
 from mmx.pod.progress import read_progress
 
 COPY_EVERY = 60.0  # seconds between copies of the log to the bucket
-_BUSY = 3
+_BUSY, _NO_BUCKET = 3, 4
 
 
 def folder() -> Path:
@@ -66,6 +67,11 @@ def start(launcher: list[str], environment: dict[str, str], logs: str) -> int:
         print(f"error: {_name()} already runs a launcher (process {running[0]}): stop it first", file=sys.stderr)
         return _BUSY
     folder().mkdir(exist_ok=True)
+    try:
+        launcher = mount_buckets(launcher)
+    except OSError as error:
+        print(f"error: {_name()}: {error}", file=sys.stderr)
+        return _NO_BUCKET
     for name in ("exit", "stopped"):
         (folder() / name).unlink(missing_ok=True)
     attempt = _read("command.json").get("attempt", 0) + 1
@@ -143,8 +149,8 @@ def status() -> int:
         "started": command.get("started"),
     }
     workdir = next((a.partition("=")[2] for a in command.get("arguments", []) if a.startswith("--workdir=")), "")
-    if workdir and "://" not in workdir:
-        about["progress"] = dataclasses.asdict(read_progress(Path(workdir).expanduser()))
+    if workdir:
+        about["progress"] = dataclasses.asdict(read_progress(Path(workdir)))
     print(json.dumps(about))
     return 0
 

@@ -30,7 +30,8 @@ class Progress:
         if self.checkpoint is None:
             parts.append("no checkpoint yet")
         else:
-            parts.append(f"checkpoint of step {self.checkpoint}, {show_seconds(self.checkpoint_age or 0)} old")
+            age = "" if self.checkpoint_age is None else f", {show_seconds(self.checkpoint_age)} old"
+            parts.append(f"checkpoint of step {self.checkpoint}{age}")
         return ", ".join(parts)
 
 
@@ -71,6 +72,12 @@ def read_config(text: str, progress: Progress) -> None:
         progress.steps = json.loads(text)["train"]["steps"]
     except (json.JSONDecodeError, KeyError, TypeError):
         progress.steps = None
+
+
+def read_checkpoints(listing: str, progress: Progress) -> None:
+    """Takes the newest checkpoint from a listing of their folder in a bucket, which does not say how old it is."""
+    names = [line.strip().rstrip("/").rpartition("/")[2] for line in listing.splitlines()]
+    progress.checkpoint = max((int(name) for name in names if name.isdigit()), default=None)
 
 
 def show_seconds(seconds: float) -> str:

@@ -19,7 +19,7 @@ class Launch:
     launcher: str
     arguments: tuple[str, ...]
     environment: tuple[str, ...] = ()  # NAME=VALUE
-    logs: str = ""  # folder of a bucket that gets the hosts' logs
+    logs: str = ""  # folder of a bucket that gets the hosts' logs; in the workdir where that lies in a bucket
 
     def __post_init__(self):
         for pair in self.environment:
@@ -27,16 +27,13 @@ class Launch:
                 raise ConfigError(f"--env={pair}: write NAME=VALUE")
         if self.logs and not self.logs.startswith("gs://"):
             raise ConfigError(f"--logs={self.logs}: write a folder of a bucket, as in gs://bucket/logs")
-        if self.workdir.startswith("gs://"):
+        if self.workdir and not self.workdir.startswith(("/", "gs://")):
             raise ConfigError(
-                f"--workdir={self.workdir}: a workdir is a folder that every host sees; mount the bucket on the hosts "
-                "(Cloud Storage FUSE) or use a network file system, and give the path"
+                f"--workdir={self.workdir}: write a folder of a bucket (gs://...) or an absolute path that every host "
+                "sees; setup replaces the checkout, and what lies in it"
             )
-        if self.workdir and not self.workdir.startswith("/"):
-            raise ConfigError(
-                f"--workdir={self.workdir}: write an absolute path that every host sees; setup replaces the checkout, "
-                "and what lies in it"
-            )
+        if not self.logs and self.workdir.startswith("gs://"):
+            object.__setattr__(self, "logs", f"{self.workdir.rstrip('/')}/logs")
 
     @property
     def workdir(self) -> str:

@@ -49,6 +49,23 @@ def test_create_run_preempt_resume_delete(cloud):
     assert cloud.actions() == ["create", "scp", "delete", "create", "scp", "delete"]
 
 
+def test_workdir_in_a_bucket(cloud):
+    cloud.workdir = cloud.root / "buckets" / "mine" / "run"
+    cloud.pod("create", *POD)
+    command = ["--", "pretrain", "--workdir=gs://mine/run", f"--steps={STEPS}", "--hold=12"]
+    assert "bucket mine not found" in cloud.pod("resume", f"--name={NAME}", *command, status=1)
+    (cloud.root / "buckets" / "mine").mkdir(parents=True)
+    cloud.pod("resume", f"--name={NAME}")
+    cloud.wait_for(12)
+    assert f"step 12 of {STEPS}, loss 0.8333, checkpoint of step 10, " in cloud.pod("status", f"--name={NAME}")
+    cloud.double.preempt(NAME)
+    # The pod is away; what it left is still there to be read.
+    out = cloud.pod("status", f"--name={NAME}")
+    assert "run: no host can be asked: the pod is not there" in out
+    assert f"step 12 of {STEPS}, loss 0.8333, checkpoint of step 12" in out
+    assert (cloud.workdir / "logs" / f"{NAME}-0-w-0.log").exists()
+
+
 @pytest.mark.slow
 def test_watch_survives_preemptions_and_a_crash(cloud):
     cloud.pod("create", *POD, "--wait=false")
