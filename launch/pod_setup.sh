@@ -34,5 +34,10 @@ if [ -d "$checkout" ]; then mv "$checkout" "$checkout.old"; fi
 mv "$new" "$checkout"
 cd "$checkout"
 make_environment "$python" "$venv" "[$1]"
+# JAX asks for these pages on v5e and later; they are lost when the host starts again.
+pages=/sys/kernel/mm/transparent_hugepage/enabled
+if compgen -G '/dev/accel*' >/dev/null || compgen -G '/dev/vfio/[0-9]*' >/dev/null; then
+  echo always | sudo -n tee "$pages" >/dev/null || echo "note: $(hostname) keeps $(cat "$pages") in $pages"
+fi
 # launch.pod counts these lines.
 printf '{"host": "%s", "installed": true}\n' "${MMX_HOST_NAME:-$(hostname)}"
