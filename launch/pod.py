@@ -24,7 +24,7 @@ from mmx.config import ConfigError, nearest
 
 ACTIONS = ("create", "setup", "run", "status", "logs", "ssh", "stop", "resume", "delete")
 
-_NAME = flags.DEFINE_string("name", None, "Name of the pod.", required=True)
+_NAME = flags.DEFINE_string("name", None, "Name of the pod.")
 # Fields of the request.
 _FIELDS = {
     "zone": flags.DEFINE_string("zone", None, "Zone, as in us-east5-a."),
@@ -79,6 +79,8 @@ def run(arguments: list[str]) -> int:
     action, *rest = arguments
     if rest and action not in ("run", "resume", "ssh"):
         raise ConfigError(f"{action} takes no argument {rest[0]!r}: write flags as --name=value")
+    if _NAME.value is None:
+        raise ConfigError("--name is missing: give the pod a name, as in --name=moe")
     record = Record(Path(_RECORDS.value), _NAME.value)
     # Resuming is shown from the state that calls for it.
     runner = DryRun(["SUSPENDED", "ACTIVE"] if action == "resume" else ["ACTIVE"]) if _DRY_RUN.value else Shell()
