@@ -15,6 +15,7 @@ that later commands need the name alone; with the flags of create (and, for resu
 """
 
 import re
+import sys
 from pathlib import Path
 
 from absl import flags
@@ -49,8 +50,7 @@ _FIELDS = {
 _SPOT = flags.DEFINE_bool("spot", False, "create: capacity that may be taken away at any time.")
 _RESERVED = flags.DEFINE_bool("reserved", False, "create: capacity of the project's reservation.")
 _WAIT = flags.DEFINE_bool("wait", True, "create: return when the pod is ready, not when it is in the queue.")
-_EXTRAS = flags.DEFINE_string("extras", "tpu", "setup: extras of mmx to install, as in tpu,data.")
-_ARCHIVE = flags.DEFINE_string("archive", "/tmp/mmx-pod.tar.gz", "setup: where to pack the checkout.")
+_EXTRAS = flags.DEFINE_string("extras", "tpu", "setup, resume: extras of mmx to install, as in tpu,data.")
 _ENV = flags.DEFINE_multi_string("env", [], "run: NAME=VALUE for the launcher's environment.")
 _LOGS = flags.DEFINE_string("logs", "", "run: folder of a bucket that gets every host's log, as in gs://bucket/logs.")
 _SLICE = flags.DEFINE_integer("slice", 0, "logs, ssh: which slice.")
@@ -68,10 +68,19 @@ _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the commands and run none.
 
 
 def run(arguments: list[str]) -> int:
-    """Does what the first argument says; its status."""
+    """Does what the first argument says; its status, 130 after Ctrl-C, which leaves the pod as it is."""
+    try:
+        return _act(arguments)
+    except KeyboardInterrupt:
+        print("left; the pod and what runs on it stay as they are", file=sys.stderr)
+        return 130
+
+
+def _act(arguments: list[str]) -> int:
     from mmx.pod.control import Pod
     from mmx.pod.gcloud import DryRun, Shell
     from mmx.pod.record import Record
+    from mmx.pod.watch import Watch
 
     if not arguments or arguments[0] not in ACTIONS:
         given = f"{arguments[0]!r} is no action{nearest(arguments[0], ACTIONS)}" if arguments else "no action is given"
@@ -88,7 +97,7 @@ def run(arguments: list[str]) -> int:
     if action == "create":
         pod.create(_WAIT.value)
     elif action == "setup":
-        pod.setup(_ARCHIVE.value, _EXTRAS.value)
+        pod.setup(_EXTRAS.value)
     elif action == "run":
         pod.run(_launch(rest))
     elif action == "status":
@@ -104,8 +113,8 @@ def run(arguments: list[str]) -> int:
     else:
         launch = _launch(rest) if rest else record.launch()
         if _WATCH.value and not _DRY_RUN.value:
-            return pod.watch(launch, _ARCHIVE.value, _EXTRAS.value, _FAILURES.value)
-        pod.resume(launch, _ARCHIVE.value, _EXTRAS.value)
+            return Watch(pod, launch, _EXTRAS.value, _FAILURES.value, _POLL.value, print).to_end()
+        pod.resume(launch, _EXTRAS.value)
     return 0
 
 

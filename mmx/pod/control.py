@@ -84,14 +84,19 @@ class Pod:
         if state.phase is not Phase.READY:
             raise NotComing(self._request.name, state)
 
-    def setup(self, archive: str, extras: str) -> None:
-        """Ships the checkout in the current folder and installs it on every host."""
+    def setup(self, extras: str) -> None:
+        """Packs this checkout and installs it on every host."""
         self.wait()
-        self._install(archive, extras)
+        self._pack()
+        self._install(extras)
 
-    def _install(self, archive: str, extras: str) -> None:
-        self._runner.run(install.pack(archive))
-        self._runner.run(install.ship(self._request, archive))
+    def _pack(self) -> None:
+        if not self._runner.dry:
+            self._record.archive.parent.mkdir(parents=True, exist_ok=True)
+        self._runner.run(install.pack(str(self._record.archive)))
+
+    def _install(self, extras: str) -> None:
+        self._runner.run(install.ship(self._request, str(self._record.archive)))
         self._on_all(install.install(self._request, extras), "installed", quiet=False)
 
     def run(self, launch: Launch) -> None:
@@ -180,74 +185,36 @@ class Pod:
             self._runner.run(commands.create(self._request))
         self.wait()
 
-    def resume(self, launch: Launch, archive: str, extras: str) -> None:
-        """Makes the run go on, on this pod or a new one; leaves it alone if it is going or over.
+    def resume(self, launch: Launch, extras: str) -> None:
+        """Makes the run go on, on this pod or a new one, with the checkout that setup packed; leaves it alone if it is
+        going, ending or over.
 
         Raises:
           ConfigError: if gcloud refuses something, or the new pod is not coming.
         """
         look = self.look()
         if look.hosts is not None:
-            if look.condition in (Condition.RUNNING, Condition.FINISHED):
+            if look.condition in (Condition.RUNNING, Condition.ENDING, Condition.FINISHED):
                 self._announce(f"{look.condition.value}: {look.progress}")
                 return
             if look.condition is Condition.PARTIAL:
                 self._announce(
                     f"{look.condition.value} ({look.hosts.running} of {self._request.hosts}): starting again"
                 )
-                with contextlib.suppress(GcloudError, Incomplete):  # A host that was replaced has nothing to stop.
-                    self.stop(kill=True)
+                with contextlib.suppress(GcloudError, Incomplete):  # A host that was replaced has nothing to end.
+                    self._on_all(
+                        commands.ssh_everywhere(self._request, install.on_host("stop", "--kill", "--restarting")),
+                        "stopping",
+                    )
             if len(look.hosts.answers) == self._request.hosts:
                 self.run(launch)
                 return
         self.recreate(look.state)
+        if not self._record.archive.exists():
+            self._pack()
         # A host that Google replaced has an empty disk, and one that was set up before is done in seconds.
-        self._install(archive, extras)
+        self._install(extras)
         self.run(launch)
-
-    def watch(self, launch: Launch, archive: str, extras: str, failures: int) -> int:
-        """Resumes as often as it takes, until the run is over.
-
-        Args:
-          failures: how many times in a row the run may fail without a new step or checkpoint before this gives up.
-
-        Returns:
-          0 if the run finished or somebody stopped it, 1 if it kept failing.
-        """
-        best, failed, partial, seen, shown = -1, 0, False, False, None
-        while True:
-            try:
-                look = self.look()
-                seen = True
-                condition = look.condition
-                if (line := f"{look.state}: {condition.value if condition else 'no host answers'}") != shown:
-                    self._say(f"{time.strftime('%F %T')} {line}; {look.progress}")
-                    shown = line
-                if condition in (Condition.FINISHED, Condition.STOPPED):
-                    return 0
-                reached = max(look.progress.step or -1, look.progress.checkpoint or -1)
-                if reached > best:
-                    best, failed = reached, 0
-                if condition is Condition.FAILED:
-                    failed += 1
-                    for line in look.hosts.failures()[:4]:
-                        self._say(line)
-                    if failed > failures:
-                        self._say(f"failed {failed} times in a row without getting beyond step {best}: giving up")
-                        return 1
-                # Hosts start and end within seconds of each other: only a second look in a row counts.
-                settled = condition is not Condition.PARTIAL or partial
-                partial = condition is Condition.PARTIAL
-                if condition is not Condition.RUNNING and settled:
-                    self.resume(launch, archive, extras)
-                    partial = False
-            except (GcloudError, NotComing, Incomplete) as error:
-                # Networks and zones have bad minutes, and a watch that ends in one of them is no watch; but what never
-                # worked is a mistake, and so is a request that fails again and again.
-                if not seen or (failed := failed + _is_failure(error)) > failures:
-                    raise
-                self._say(f"{time.strftime('%F %T')} {error}; trying again")
-            time.sleep(self._poll)
 
     def _check(self) -> None:
         """Asks gcloud about what the table does not have."""
@@ -309,10 +276,6 @@ _REMEDY = {
 }
 _ADVICE_AWAY = ": the pod is not there"
 _ADVICE_SSH = ": not set up yet (setup), or ssh does not get through (launch.pod ssh shows why)"
-
-
-def _is_failure(error: Exception) -> bool:
-    return isinstance(error, NotComing) and error.state.name == "FAILED"
 
 
 def _describe(look: Look, expected: int) -> list[str]:

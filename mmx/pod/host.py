@@ -1,7 +1,7 @@
 """The part that runs on each host of a pod: starts a launcher detached, keeps its log, says how it is, stops it.
 
   python -m mmx.pod.host start [--env=NAME=VALUE] [--logs=gs://...] -- LAUNCHER [FLAGS]
-  python -m mmx.pod.host status | stop [--kill] | logs [--lines=N] [--follow]
+  python -m mmx.pod.host status | stop [--kill [--restarting]] | logs [--lines=N] [--follow]
 
 Everything lies in ~/mmx-run: ``command.json``, ``pids.json``, ``log`` (all attempts, one behind the other), ``exit``
 (the status of the last one) and ``stopped`` (somebody asked for it). Standard library only: it has to answer at once.
@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     one.add_argument("--logs", default="")
     one = actions.add_parser("stop")
     one.add_argument("--kill", action="store_true")
+    one.add_argument("--restarting", action="store_true")
     one = actions.add_parser("logs")
     one.add_argument("--lines", type=int, default=100)
     one.add_argument("--follow", action="store_true")
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     if flags.action == "start":
         return start(launcher, dict(pair.split("=", 1) for pair in flags.env), flags.logs)
     if flags.action == "stop":
-        return stop(flags.kill)
+        return stop(flags.kill, flags.restarting)
     if flags.action == "logs":
         follow = ["--follow"] if flags.follow else []
         os.execvp("tail", ["tail", f"--lines={flags.lines}", *follow, str(folder() / "log")])
@@ -121,11 +122,12 @@ def supervise() -> int:
     return code
 
 
-def stop(kill: bool) -> int:
-    """Asks the launcher to save and leave, or kills it."""
+def stop(kill: bool, restarting: bool) -> int:
+    """Asks the launcher to save and leave, or kills it; nobody wanted it to stop if it is only to start again."""
     alive = _alive()
     if alive:
-        (folder() / "stopped").touch()
+        if not restarting:
+            (folder() / "stopped").touch()
         pids = _read("pids.json")
         # The supervisor stays to write down the status; it goes first only when both are killed.
         targets = alive if kill else [pids.get("launcher", alive[0])]

@@ -15,7 +15,8 @@ class Condition(enum.Enum):
 
     NOT_STARTED = "not started"
     RUNNING = "running"
-    PARTIAL = "running on some hosts only"  # The others ended or are new: it will not go on.
+    ENDING = "ending"  # Some hosts are done, or were told to stop; the others still save.
+    PARTIAL = "running on some hosts only"  # The others failed or are new: it will not go on.
     FINISHED = "finished"
     STOPPED = "stopped on request"
     INTERRUPTED = "interrupted"  # Saved and left because it was told to, as before a preemption.
@@ -60,11 +61,15 @@ class Hosts:
 
     def condition(self, progress: Progress) -> Condition:
         """What all answers mean together."""
-        if any(answer["stopped"] for answer in self.answers) and not self.running:
-            return Condition.STOPPED
+        stopped = any(answer["stopped"] for answer in self.answers)
         if self.running:
-            # One that did not answer may only be slow to; where it is gone, the others notice and end.
-            return Condition.RUNNING if self.running == len(self.answers) else Condition.PARTIAL
+            # A host that did not answer may only be slow to; where it is gone, the others notice and end.
+            done = [answer for answer in self.answers if not answer["running"]]
+            if any(answer["exit"] != 0 for answer in done) and not stopped:
+                return Condition.PARTIAL
+            return Condition.ENDING if done or stopped else Condition.RUNNING
+        if stopped:
+            return Condition.STOPPED
         if not any(answer["attempt"] for answer in self.answers):
             return Condition.NOT_STARTED
         if self.failures() or len(self.answers) < self.expected:

@@ -46,6 +46,8 @@ class Record:
 
     def __init__(self, folder: Path, name: str):
         self.path = folder / f"{name}.json"
+        # The checkout as setup packed it: a run that goes on elsewhere goes on with the code that it began with.
+        self.archive = folder / f"{name}.tar.gz"
         self._name = name
 
     def request(self, given: dict[str, Any]) -> PodRequest:
@@ -96,8 +98,9 @@ class Record:
         partial.replace(self.path)
 
     def forget(self) -> None:
-        """Removes the file."""
+        """Removes the file, and the checkout beside it."""
         self.path.unlink(missing_ok=True)
+        self.archive.unlink(missing_ok=True)
 
     def _read(self) -> dict[str, Any]:
         if not self.path.exists():

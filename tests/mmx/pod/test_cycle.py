@@ -17,7 +17,8 @@ def train(cloud, *flags: str, hold: str = "") -> list[str]:
 def test_create_run_preempt_resume_delete(cloud):
     out = cloud.pod("create", *POD)
     assert f"{NAME} is in the queue: 2 x v5p-16 in us-east5-a, spot, {HOSTS} hosts" in out
-    assert "waiting (Ctrl-C leaves the request in the queue)" in out
+    assert "WAITING_FOR_RESOURCES: waiting (Ctrl-C leaves the request in the queue)" in out
+    assert "PROVISIONING: waiting" in out
     assert f"installed on {HOSTS} hosts" in cloud.pod("setup", f"--name={NAME}")
     assert "run: not started" in cloud.pod("status", f"--name={NAME}")
 
@@ -102,6 +103,7 @@ def test_watch_asks_again_when_the_queue_failed_it(cloud):
     assert cloud.steps()[-1] == STEPS
 
 
+@pytest.mark.slow
 def test_stop_saves_and_watch_leaves_it_stopped(cloud):
     cloud.pod("create", *POD)
     watch = cloud.start("resume", f"--name={NAME}", "--watch", *train(cloud, hold="8"))

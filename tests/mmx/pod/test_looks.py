@@ -53,7 +53,9 @@ FRESH, STOPPED = answer(False, attempt=None), answer(False, 0, stopped=True)
         ([DEAD, DEAD], 5, Condition.FAILED),
         ([FRESH, FRESH], None, Condition.NOT_STARTED),
         ([STOPPED, STOPPED], 5, Condition.STOPPED),
-        ([answer(stopped=True), STOPPED], 5, Condition.PARTIAL),
+        ([answer(stopped=True), STOPPED], 5, Condition.ENDING),
+        ([answer(stopped=True)] * 2, 5, Condition.ENDING),
+        ([GOING, DONE], 5, Condition.ENDING),
     ],
 )
 def test_conditions(answers, reached, condition):
