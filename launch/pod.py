@@ -60,7 +60,7 @@ _FOLLOW = flags.DEFINE_bool("follow", False, "logs: go on showing what is added.
 _KILL = flags.DEFINE_bool("kill", False, "stop: end processes at once, without saving.")
 _WATCH = flags.DEFINE_bool("watch", False, "resume: keep looking, and resume whenever needed, until the run is over.")
 _FAILURES = flags.DEFINE_integer(
-    "failures", 3, "resume --watch: give up after this many failures in a row without progress.", lower_bound=0
+    "failures", 3, "resume --watch: give up after this many failures in a row without progress.", lower_bound=1
 )
 _POLL = flags.DEFINE_float("poll", 30.0, "Seconds between two looks at the pod.", lower_bound=0.01)
 _RECORDS = flags.DEFINE_string("records", "runs/pods", "Folder of the files that remember what was asked for.")

@@ -15,7 +15,7 @@ class Watch:
     """One run on one pod."""
 
     def __init__(self, pod: Pod, launch: Launch, extras: str, failures: int, poll: float, say: Callable[[str], None]):
-        """``failures``: how many are borne in a row, without a new step or checkpoint between; ``poll``: in seconds."""
+        """``failures`` in a row, without a new step or checkpoint between, end the watch; ``poll`` is in seconds."""
         self._pod, self._launch, self._extras, self._say = pod, launch, extras, say
         self._limit, self._poll = failures, poll
         self._farthest, self._failed = -1, 0
@@ -45,7 +45,7 @@ class Watch:
                 if self._last is None and not isinstance(error, NotComing):
                     raise
                 self._failed += isinstance(error, NotComing) and error.state.name == "FAILED"
-                if self._failed > self._limit:
+                if self._failed >= self._limit:
                     raise
                 self._show(f"{error}; trying again")
             time.sleep(self._poll)
@@ -64,7 +64,7 @@ class Watch:
             self._failed += 1
             for line in look.hosts.failures()[:4]:
                 self._say(line)
-            if self._failed > self._limit:
+            if self._failed >= self._limit:
                 self._say(
                     f"failed {self._failed} times in a row without getting beyond step {self._farthest}: giving up"
                 )

@@ -32,8 +32,9 @@ class Cloud:
     def __init__(self, folder: Path, monkeypatch):
         self.root, self.checkout, self.workdir = folder / "cloud", folder / "checkout", folder / "shared" / "run"
         monkeypatch.setenv("GCLOUD_DOUBLE", str(self.root))
-        monkeypatch.setenv("PATH", f"{DOUBLE}{os.pathsep}{os.environ['PATH']}")
-        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path and path != str(REPOSITORY)))
+        monkeypatch.setenv("PATH", f"{self._make_programs()}{os.pathsep}{os.environ['PATH']}")
+        # Hosts have what was shipped to them, and nothing of this checkout.
+        monkeypatch.delenv("PYTHONPATH", raising=False)
         monkeypatch.setenv("PYTHON", sys.executable)
         monkeypatch.setenv("MMX_WRITER", f"{NAME}-0")
         self.double = load_double()
@@ -92,6 +93,14 @@ class Cloud:
     def logs(self, host: str = f"{NAME}-0-w-0") -> str:
         """What a host's log holds."""
         return (self.root / "homes" / host / "mmx-run" / "log").read_text()
+
+    def _make_programs(self) -> Path:
+        programs = self.root / "programs"
+        programs.mkdir(parents=True)
+        (programs / "gcloud").write_text(f'#!/bin/sh\nexec "{sys.executable}" "{DOUBLE}/gcloud" "$@"\n')
+        (programs / "gcloud").chmod(0o755)
+        (programs / "gcsfuse").symlink_to(DOUBLE / "gcsfuse")
+        return programs
 
     def _make_checkout(self) -> None:
         for folder in ("launch", "mmx/pod", "mmx/config"):

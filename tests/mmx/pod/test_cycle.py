@@ -89,7 +89,7 @@ def test_watch_survives_preemptions_and_a_crash(cloud):
 @pytest.mark.slow
 def test_watch_gives_up_on_a_run_that_cannot_work(cloud):
     cloud.pod("create", *POD)
-    command = [f"--name={NAME}", "--watch", "--failures=1", "--", "pretrain", f"--workdir={cloud.workdir}", "--steps=x"]
+    command = [f"--name={NAME}", "--watch", "--failures=2", "--", "pretrain", f"--workdir={cloud.workdir}", "--steps=x"]
     out = cloud.pod("resume", *command, status=1)
     assert "failed 2 times in a row without getting beyond step -1: giving up" in out
     assert cloud.actions() == ["create", "scp"]
