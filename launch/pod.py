@@ -2,11 +2,12 @@
 
   python -m launch.pod create --name=moe --zone=us-east5-a --accelerator_type=v5p-1024 --slices=2 --spot
   python -m launch.pod setup --name=moe
-  python -m launch.pod run --name=moe -- pretrain --config=configs/minimax_text_01.py --workdir=/mnt/shared/moe
+  python -m launch.pod run --name=moe -- pretrain --config=configs/minimax_text_01.py --workdir=gs://bucket/moe
   python -m launch.pod status --name=moe
   python -m launch.pod logs --name=moe --slice=0 --worker=3 --follow
   python -m launch.pod resume --name=moe --watch
-  python -m launch.pod ssh --name=moe          (a shell; behind two dashes: a command for all hosts)
+  python -m launch.pod ssh --name=moe          (a shell on one host)
+  python -m launch.pod ssh --name=moe -- nproc (a command on all)
   python -m launch.pod stop --name=moe         (saves and leaves)
   python -m launch.pod delete --name=moe
 
@@ -35,7 +36,6 @@ _FIELDS = {
     "runtime_version": flags.DEFINE_string("runtime_version", None, "Software of the hosts; the generation's own."),
     "project": flags.DEFINE_string("project", None, "Google Cloud project; gcloud's own if not given."),
     "slices": flags.DEFINE_integer("slices", None, "Slices, joined over the data centre's network; 1 by default."),
-    "valid_until": flags.DEFINE_string("valid_until", None, "Gives up the place in the queue after this, as in 6h."),
     "network": flags.DEFINE_string("network", None, "VPC network."),
     "subnetwork": flags.DEFINE_string("subnetwork", None, "Its subnetwork."),
     "service_account": flags.DEFINE_string("service_account", None, "Account that the hosts act as."),

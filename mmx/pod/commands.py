@@ -21,8 +21,6 @@ def create(pod: PodRequest) -> list[str]:
         command += [f"--node-count={pod.slices}", f"--node-prefix={pod.name}"]
     if pod.capacity != "on-demand":
         command.append(f"--{pod.capacity}")
-    if pod.valid_until:
-        command.append(f"--valid-until-duration={pod.valid_until}")
     for flag, value in (
         ("network", pod.network),
         ("subnetwork", pod.subnetwork),

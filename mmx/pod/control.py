@@ -60,10 +60,16 @@ class Pod:
           ConfigError: if gcloud refuses it, or it failed in the queue.
         """
         self._check()
+        known = self._record.exists
         if not self._runner.dry:
             # Before the request: if this program dies in between, delete still finds what to delete.
             self._record.save(self._request)
-        self._runner.run(commands.create(self._request))
+        try:
+            self._runner.run(commands.create(self._request))
+        except GcloudError:
+            if not known:
+                self._record.forget()
+            raise
         self._announce(f"{self._request.name} is in the queue: {self._request}, {self._request.hosts} hosts")
         if wait:
             self.wait()

@@ -50,6 +50,11 @@ class Record:
         self.archive = folder / f"{name}.tar.gz"
         self._name = name
 
+    @property
+    def exists(self) -> bool:
+        """Whether the pod was asked for."""
+        return self.path.exists()
+
     def request(self, given: dict[str, Any]) -> PodRequest:
         """The request that is on record, or that flags describe.
 

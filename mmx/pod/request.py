@@ -16,7 +16,6 @@ _NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 _LONGEST_NAME = 61  # Leaves room for the number of a slice in the 63 characters of a node's name, for up to 10.
 _ZONE = re.compile(r"[a-z]+-[a-z]+\d+-([a-z]|ai\d+[a-z]?)")
 _PROJECT = re.compile(r"([a-z0-9.-]+:)?[a-z][-a-z0-9]{4,28}[a-z0-9]")
-_DURATION = re.compile(r"(\d+[dhms])+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +33,6 @@ class PodRequest:
     project: str = ""
     slices: int = 1
     capacity: str = "on-demand"
-    valid_until: str = ""  # gives the place in the queue up after this long, as in 6h
     network: str = ""
     subnetwork: str = ""
     service_account: str = ""
@@ -59,8 +57,6 @@ class PodRequest:
         for field, choices in (("capacity", CAPACITIES), ("connection", CONNECTIONS)):
             if getattr(self, field) not in choices:
                 raise ConfigError(f"{field} {getattr(self, field)!r}: one of {', '.join(choices)}")
-        if self.valid_until and not _DURATION.fullmatch(self.valid_until):
-            raise ConfigError(f"valid_until {self.valid_until!r}: write a duration such as 6h or 1d12h")
 
     @property
     def accelerator(self) -> Accelerator:

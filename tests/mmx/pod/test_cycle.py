@@ -2,6 +2,7 @@
 
 import shutil
 import signal
+import time
 
 import pytest
 
@@ -72,6 +73,15 @@ def test_watch_survives_preemptions_and_a_crash(cloud):
     cloud.pod("create", *POD, "--wait=false")
     watch = cloud.start("resume", f"--name={NAME}", "--watch", *train(cloud, hold="7,22"))
     cloud.wait_for(7)
+    # A bad minute of the network is no reason to do anything.
+    cloud.settings(
+        errors={
+            "describe": [[1, "INTERNAL: try again"]],
+            "ssh": [[255, "[/usr/bin/ssh] exited with return code [255]."]],
+        }
+    )
+    while cloud.double.read("settings.json")["errors"] != {"describe": [], "ssh": []}:
+        time.sleep(0.05)
     cloud.double.preempt(NAME)
     cloud.go_on(7)
     cloud.wait_for(22)
@@ -82,6 +92,7 @@ def test_watch_survives_preemptions_and_a_crash(cloud):
     assert watch.returncode == 0, out
     assert cloud.steps() == list(range(1, STEPS + 1))
     assert "ACTIVE: finished" in out
+    assert "INTERNAL: try again; trying again" in out
     assert "status 1" in out  # The crash, seen and repaired without a new pod.
     assert cloud.actions().count("create") == 3
 
@@ -145,6 +156,7 @@ def test_what_gcloud_refuses_is_shown_with_what_helps(cloud):
         out = cloud.pod("create", *POD, status=1)
         assert words in out
         assert advice in out
+        assert not list((cloud.checkout / "runs" / "pods").iterdir())
     cloud.settings()
     cloud.pod("create", *POD)
     assert "go on with resume, or delete it first" in cloud.pod("create", *POD, status=1)

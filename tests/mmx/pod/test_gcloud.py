@@ -31,7 +31,7 @@ def all_commands(pod: PodRequest) -> list[list[str]]:
 
 @pytest.mark.parametrize(("capacity", "connection", "slices"), list(itertools.product(CAPACITIES, CONNECTIONS, (1, 2))))
 def test_documented_flags_alone(capacity, connection, slices):
-    more = {"project": "my-project", "valid_until": "6h", "network": "n", "subnetwork": "s", "service_account": "a@b"}
+    more = {"project": "my-project", "network": "n", "subnetwork": "s", "service_account": "a@b"}
     pod = PodRequest("moe", "us-east5-a", "v5p-16", slices=slices, capacity=capacity, connection=connection, **more)
     parse = load_double().parse
     for command in all_commands(pod):
