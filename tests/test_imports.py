@@ -26,8 +26,8 @@ ALLOWED = {
     "mmx": {"mmx.pretrained"},
     "configs": {"mmx.config"},
     "launch": {
-        *("mmx", "mmx.bench", "mmx.config", "mmx.convert", "mmx.data", "mmx.parallel", "mmx.pod", "mmx.train"),
-        "mmx.generate",
+        "mmx.pod",
+        *("mmx", "mmx.bench", "mmx.config", "mmx.convert", "mmx.data", "mmx.parallel", "mmx.train", "mmx.generate"),
     },
 }
 LOCAL = ("pallas_kernels", "mmx", "configs", "launch", "tests")
