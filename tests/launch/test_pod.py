@@ -67,6 +67,11 @@ def test_mistakes(arguments, sentence):
     assert sentence in mistake("pod", *arguments)
 
 
+def test_a_bucket_is_no_workdir_without_a_pod():
+    sentence = mistake("pretrain", "--config=configs/quickstart.py", "--workdir=gs://mine/run")
+    assert "--workdir=gs://mine/run: a workdir is a folder: mount the bucket and give the path" in sentence
+
+
 def test_help():
     out = run("pod", "--help").stdout
     assert "python -m launch.pod resume --name=moe --watch" in out
