@@ -18,6 +18,12 @@ flags.declare_key_flag("config")
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder for checkpoints, metrics and the resolved config.", required=True
 )
+# A path would make a local folder of that name out of it.
+flags.register_validator(
+    "workdir",
+    lambda workdir: workdir is None or "://" not in workdir,
+    "a workdir is a folder: mount the bucket and give the path (launch.pod does so on its hosts)",
+)
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "One of several processes that a cluster manager started (a TPU pod, Slurm, ...)."
 )

@@ -17,6 +17,7 @@ ALLOWED = {
     "mmx.plan": {"mmx.config", "mmx.parallel", "mmx.model", "mmx.train", "pallas_kernels"},
     "mmx.generate": {"mmx.config", "mmx.parallel", "mmx.model", "pallas_kernels"},
     "mmx.convert": {"mmx.config", "mmx.model", "mmx.data", "mmx.train", "pallas_kernels"},
+    "mmx.pod": {"mmx.config"},
     "mmx.bench": {
         *("configs", "mmx.config", "mmx.parallel", "mmx.model", "mmx.data", "mmx.train", "mmx.plan", "mmx.generate"),
         *("mmx.convert", "pallas_kernels"),
@@ -25,6 +26,7 @@ ALLOWED = {
     "mmx": {"mmx.pretrained"},
     "configs": {"mmx.config"},
     "launch": {
+        "mmx.pod",
         *("mmx", "mmx.bench", "mmx.config", "mmx.convert", "mmx.data", "mmx.parallel", "mmx.train", "mmx.generate"),
     },
 }

@@ -1,0 +1,1 @@
+"""TPU pods through the gcloud program: request, install, run, watch, resume, delete."""
