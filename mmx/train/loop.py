@@ -143,7 +143,7 @@ class _Session:
         console.say(f"compiled in {time.monotonic() - started:.0f} s; training to step {run.train.steps}")
         reporter.resume_clock()
         heldout = None
-        while progress.step < run.train.steps and not self._stop:
+        while progress.step < run.train.steps and not self._stop.reached():
             waited = time.monotonic()
             row = next(iterator)
             reporter.waited_for_data(time.monotonic() - waited)
@@ -157,7 +157,7 @@ class _Session:
             is_last = progress.step == run.train.steps
             if is_last or (run.train.eval_every and progress.step % run.train.eval_every == 0):
                 heldout = self._evaluate(state, progress, reporter)
-            if is_last or self._stop or progress.step % run.checkpoint.every == 0:
+            if is_last or progress.step % run.checkpoint.every == 0:
                 with reporter.paused():
                     checkpoints.save(run.model, state, progress)
         reporter.flush()
