@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,31 @@ def main(run: Callable[..., int | None], takes_arguments: bool = False) -> None:
             return run()
 
     app.run(start, flags_parser=_parse)
+
+
+@contextlib.contextmanager
+def leaving_at_once() -> Iterator[None]:
+    """Ends the process as soon as what is inside fails, when it is one of several.
+
+    The others wait for this one in some operation, and would wait on while it waits for theirs to bid farewell.
+    """
+    import jax
+
+    if jax.process_count() == 1:
+        yield
+        return
+    status = MISTAKE
+    try:
+        with _one_sentence():
+            yield
+            return
+    except SystemExit as leaving:
+        status = leaving.code
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

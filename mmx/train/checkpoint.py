@@ -2,8 +2,8 @@
 
 A checkpoint is a folder ``<step>`` with three items: ``state`` (parameters, optimizer, counters; nested dictionaries of
 arrays), ``progress`` (step, tokens, position in the data) and ``model`` (the model's configuration). Orbax writes under
-another name and renames at the end, so what bears a step's name was complete when it was written. Just before, process 0
-adds the checksums of all files, and they are compared before a checkpoint is used.
+another name and renames at the end, so what bears a step's name was complete when it was written. Just before, process
+0 adds the checksums of all files, and they are compared before a checkpoint is used.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from mmx.config import CheckpointConfig, ConfigError, ModelConfig, from_dict, to
 from mmx.model.text import init_params, parameter_specs
 from mmx.parallel.processes import Board
 from mmx.train.checksums import find_damage, first_of, write_checksums
+from mmx.train.health import fresh_health
 from mmx.train.step import TrainState
 
 CHECKPOINTS = "checkpoints"  # within a workdir
@@ -42,6 +43,7 @@ class Progress:
     step: int
     tokens: int
     data: dict[str, Any]
+    rollbacks: int = 0  # times that the run went back to a checkpoint by itself
 
 
 class Checkpoints:
@@ -120,8 +122,8 @@ class Checkpoints:
                         f"{self._folder.parent} holds converted parameters and no run: train in another workdir, "
                         f"with --config.checkpoint.initial={self._folder.parent}"
                     )
-                target = ocp.args.Composite(state=ocp.args.StandardRestore(_to_dict(abstract)))
-                state = serialization.from_state_dict(abstract, self._manager.restore(step, args=target)["state"])
+                # Checkpoints of the first versions count no rollbacks, and have no health in their state.
+                state = self._restore_state(step, abstract, has_health="rollbacks" in saved["progress"])
                 failure = ""
             except ConfigError:
                 raise
@@ -132,6 +134,17 @@ class Checkpoints:
                 return state, Progress(**saved["progress"])
             self._set_aside(step, failures[0])
         return None
+
+    def _restore_state(self, step: int, abstract: TrainState, has_health: bool) -> TrainState:
+        target = _to_dict(abstract)
+        health = target.pop("health")
+        if has_health:
+            target["health"] = health
+        restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))[STATE]
+        if not has_health:
+            places = jax.tree.map(lambda x: x.sharding, health)
+            restored["health"] = jax.device_put(_to_dict(fresh_health()), places)
+        return serialization.from_state_dict(abstract, restored)
 
     def wait(self) -> None:
         """Returns when everything that was started is on disk."""
@@ -242,7 +255,7 @@ def _save_args(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _require_same(saved: ModelConfig, wanted: ModelConfig, path: Path) -> None:
-    """Raises ConfigError, with all fields that differ, if a checkpoint's parameters are not those of the wanted model."""
+    """Raises ConfigError, naming all fields that differ, if a checkpoint's parameters are not the wanted model's."""
     differing = []
     for field in dataclasses.fields(ModelConfig):
         old, new = (_value(config, field.name) for config in (saved, wanted))

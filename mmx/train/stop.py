@@ -1,5 +1,6 @@
-"""Stopping a run cleanly: SIGTERM (a preempted machine) and Ctrl-C finish the step, save and leave, all processes at one step.
+"""Stopping a run cleanly: SIGTERM (a preempted machine) and Ctrl-C finish the step, save and leave.
 
+All processes of a run stop at the same step, so that they can save together.
 Whichever process is asked first pins that on the board. Every process has a thread that reads it there and answers at
 once with the number of steps that its process has begun, whatever the process is waiting for; all stop before the first
 step that none has begun. A step costs the main thread no communication.

@@ -137,15 +137,13 @@ def test_every_single_byte_counts(saved):
         (phrase,) = find_damage(saved / "2")
         assert phrase.startswith(str(path.relative_to(saved / "2")))
         # Processes share the work: one of them sees it.
-        assert sum((find_damage(saved / "2", part, 3) for part in range(3)), []) == [phrase]
+        assert [found for part in range(3) for found in find_damage(saved / "2", part, 3)] == [phrase]
         path.write_bytes(content)
 
 
 def test_another_model_is_refused_with_all_that_differs(saved, state):
     other = tiny(num_experts=8, head_dim=16, rotary_dim=8)
-    with pytest.raises(
-        ConfigError, match=r"head_dim=8 and this run has 16, .*rotary_dim=4 .*num_experts=4 and this run"
-    ):
+    with pytest.raises(ConfigError, match=r"head_dim=8 and this run has 16, .*rotary_dim=4 .*num_experts=4 and"):
         open_again(saved).restore(other, abstract_state(TINY, OPTIMIZER))
     assert (saved / "2").is_dir()
 
