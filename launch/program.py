@@ -18,6 +18,7 @@ from ml_collections import config_flags
 from mmx.config import ConfigError, Run, check_field
 
 MISTAKE = 1
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CPU_DEVICES = "--xla_force_host_platform_device_count"
 
 
@@ -145,8 +146,8 @@ def _one_sentence() -> Iterator[None]:
     except PermissionError as error:
         _fail(f"{error.filename}: permission denied")
     except Exception as error:
-        # Orbax and tensorstore wrap the system's error in their own.
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
+        # Orbax and tensorstore wrap the system's error in their own. A limit on files is as good as a full disk.
+        if getattr(error, "errno", None) in _FULL or any(os.strerror(number) in str(error) for number in _FULL):
             _fail("the disk is full: free some space, or choose another place; what was saved before is intact")
         raise
 

@@ -14,14 +14,11 @@ from typing import TextIO
 
 from mmx.parallel.processes import COORDINATOR, COUNT, INDEX
 
-# Seconds that the others get to save and leave after one has failed, before they are killed.
-GRACE = 20.0
-
 
 def run_processes(
     command: Sequence[str],
     environments: Sequence[Mapping[str, str]],
-    grace: float = GRACE,
+    grace: float,
     stream: TextIO | None = None,
 ) -> int:
     """Runs a command once with each environment and waits for all.
@@ -33,6 +30,7 @@ def run_processes(
     Args:
       command: program and arguments.
       environments: variables of each process, on top of this one's.
+      grace: seconds.
       stream: where lines go; standard output if None.
 
     Returns:

@@ -30,6 +30,7 @@ from mmx.train.evaluate import HeldoutLoss, heldout_loss, heldout_sums
 from mmx.train.goodput import COMPILING, DATA, EVALUATING, PRODUCTIVE, SAVING, Goodput
 from mmx.train.lock import locked_for_all
 from mmx.train.metrics import MetricsWriter, read_metrics
+from mmx.train.notice import heeding_notices
 from mmx.train.optimizer import build_optimizer
 from mmx.train.placement import BatchPlacement
 from mmx.train.recovery import Recovery
@@ -97,7 +98,11 @@ class _Session:
         self._watchdog = Watchdog(run.train.hang_seconds, workdir, jax.process_index(), write_to_stderr)
 
     def run_to_end(self) -> Outcome:
-        with locked_for_all(self._workdir, Board(), self._console.say), self._watchdog.watching():
+        with (
+            locked_for_all(self._workdir, Board(), self._console.say),
+            self._watchdog.watching(),
+            heeding_notices(write_to_stderr),
+        ):
             return self._run_locked()
 
     def _run_locked(self) -> Outcome:
