@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,11 @@ class Checkpoints:
         self._options = ocp.CheckpointManagerOptions(
             max_to_keep=config.keep,
             enable_async_checkpointing=True,
-            # Orbax calls it on process 0, in its own thread, when all files are written and before the final rename.
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+            async_options=ocp.AsyncOptions(
+                # Orbax calls it on process 0, in its own thread, when all is written and before the final rename.
+                post_finalization_callback=self._seal,
+                barrier_sync_fn=_wait_for_others,
+            ),
         )
         self._manager = self._open()
 
@@ -177,6 +181,16 @@ class Checkpoints:
         self._board.gather("moved")
         self._log(f"checkpoint {damaged} cannot be used ({reason}); moved to {kept}, going back to the one before")
         self._manager = self._open()
+
+
+def _wait_for_others(*, key: str, timeout_ms: int) -> None:
+    """Orbax's barrier, which a process whose part of a save has failed leaves out.
+
+    Orbax goes there while the failure is on its way to whoever waits for the save. The others never come: they are at
+    the barrier before it, for twenty minutes. Without the wait the failure ends this process, and that ends theirs.
+    """
+    if sys.exc_info()[0] is None:
+        ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
 def load_params(folder: Path, step: int | None = None) -> tuple[ModelConfig, dict[str, Any]]:

@@ -56,8 +56,8 @@ def test_all_stop_before_the_same_step(asked):
     assert {request.signal for request in requests} == {signal.SIGTERM}
 
 
-def test_a_run_that_ends_first_is_not_held_up():
-    """Asked during its last steps, a run may end before the step that was agreed on: nobody waits for anybody."""
+def test_answers_come_while_main_threads_are_busy():
+    """One that is in its last step, or compiles, still answers; it never needs to come back."""
     board = SharedBoard(2)
     requests = [StopRequest(board) for _ in range(2)]
     assert not any(request.reached() for request in requests)
