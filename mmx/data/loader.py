@@ -16,7 +16,7 @@ import numpy as np
 from grain.experimental import ElasticIterator
 
 from mmx.config import ConfigError, DataConfig, nearest
-from mmx.data.corpus import Corpus
+from mmx.data.corpus import Corpus, entry_of
 from mmx.data.packing import PackedRows, Row
 from mmx.data.prepare import REPORT, TOKENIZER
 from mmx.data.tokenizer import Tokenizer
@@ -87,7 +87,7 @@ class PreparedData:
             yield {name: np.stack([row[name] for row in mine]) for name in empty}
 
     def _corpus(self, source: str, split: str) -> Corpus:
-        return Corpus(self.folder / source / split)
+        return Corpus(entry_of(self.folder, source, self.folder / REPORT) / split)
 
     def _mixture(self) -> dict[str, float]:
         """Weight of each source that is read."""

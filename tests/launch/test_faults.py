@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import http.server
+import ipaddress
 import json
 import os
 import random
@@ -71,6 +72,25 @@ class Pair:
         """The launcher's status and all that was printed."""
         status = self.launcher.wait(timeout=300)
         return status, self.output.read_text()
+
+
+def listening_addresses(process: int) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
+    """Where a process takes connections, as the kernel tells."""
+    sockets = set()
+    for handle in Path(f"/proc/{process}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            sockets.add(os.readlink(handle))
+    addresses = []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{process}/net/{table}").read_text().splitlines()[1:]:
+            _, local, _, state, *rest = line.split()
+            if state == "0A" and f"socket:[{rest[5]}]" in sockets:
+                # Words of 32 bits, each in the byte order of the machine.
+                packed = bytes.fromhex(local.partition(":")[0])
+                words = (packed[start : start + 4][::-1] for start in range(0, len(packed), 4))
+                address = ipaddress.ip_address(b"".join(words))
+                addresses.append(getattr(address, "ipv4_mapped", None) or address)
+    return addresses
 
 
 def wait_until(condition: Callable[[], object], pair: Pair, seconds: float = 300.0) -> None:
@@ -273,6 +293,10 @@ def test_every_step_is_as_if_nothing_had_happened(tmp_path):
             wanted = last_step(workdir) + 8 + chance.randrange(6)
             pair = course.start(workdir)
             wait_until(lambda wanted=wanted: last_step(workdir) >= wanted, pair)
+            # The coordination service, and each process's end of the collectives: for this host alone.
+            addresses = [address for process in pair.processes for address in listening_addresses(process)]
+            assert len(addresses) >= 3
+            assert all(address.is_loopback for address in addresses), addresses
             time.sleep(chance.uniform(0, 0.1))
             print(f"step {last_step(workdir)}: {fault.__name__}")
             fault(pair)
