@@ -83,7 +83,8 @@ class _Session:
         self._run, self._workdir, self._console, self._stop = run, workdir, console, stop
         layout = SequenceLayout(run.model.sequence_layout)
         self._placement = BatchPlacement(mesh, layout, run.data.batch_size, run.data.sequence_length)
-        self._is_writer = jax.process_index() == 0
+        self._board = Board()
+        self._is_writer = self._board.index == 0
         self._data = PreparedData(run.data)
         needed = self._data.tokenizer.vocab_size
         if needed > run.model.vocab_size:
@@ -95,11 +96,11 @@ class _Session:
         self._optimizer = build_optimizer(run.optimizer)
         self._tokens_per_step = run.data.batch_size * run.data.sequence_length
         self._recovery = Recovery(run.train.rollback_after)
-        self._watchdog = Watchdog(run.train.hang_seconds, workdir, jax.process_index(), write_to_stderr)
+        self._watchdog = Watchdog(run.train.hang_seconds, workdir, self._board.index, write_to_stderr)
 
     def run_to_end(self) -> Outcome:
         with (
-            locked_for_all(self._workdir, Board(), self._console.say),
+            locked_for_all(self._workdir, self._board, self._console.say),
             self._watchdog.watching(),
             heeding_notices(write_to_stderr),
         ):
@@ -160,6 +161,7 @@ class _Session:
         iterator = iter(self._batches)
         with goodput.spending(COMPILING):
             step = self._compile(state)
+            self._board.gather("compiled")  # A process that waits for another's compiler in its first step is not hung.
         console.say(f"compiled in {time.monotonic() - started:.0f} s; training to step {run.train.steps}")
         reporter.resume_clock()
         goodput.spend(PRODUCTIVE)
