@@ -114,8 +114,8 @@ class TrainConfig:
     # Skipped steps in a row after which the run goes back to its last checkpoint and goes on with the data behind them;
     # 0 never goes back.
     rollback_after: int = 0
-    # Seconds without a finished step, save or evaluation after which a run counts as hung: it writes the stacks of its
-    # threads to the workdir and ends; 0 waits for ever. Compiling does not count.
+    # Seconds that a step, a save or an evaluation may take before the run counts as hung: it writes the stacks of its
+    # threads to the workdir and ends; 0 waits for ever. Compiling the step does not count.
     hang_seconds: float = 1800.0
 
 

@@ -186,13 +186,15 @@ class _Session:
 
             is_last = progress.step == run.train.steps
             if is_last or (run.train.eval_every and progress.step % run.train.eval_every == 0):
+                self._watchdog.alive(f"evaluating step {progress.step}")
                 heldout = self._evaluate(state, progress, reporter)
             if is_last or (progress.step % run.checkpoint.every == 0 and self._recovery.may_save(step_metrics)):
+                self._watchdog.alive(f"saving step {progress.step}")
                 with reporter.paused(SAVING):
                     checkpoints.save(run.model, state, progress)
                 goodput.saved()
         reporter.flush()
-        self._watchdog.alive("waiting for the last save")
+        self._watchdog.alive("in the last save")
         if self._stop:
             if checkpoints.latest != progress.step:
                 checkpoints.save(run.model, state, progress)

@@ -161,7 +161,8 @@ def freeze_one(pair: Pair) -> None:
     pair.send(signal.SIGSTOP, frozen)
     status, printed = pair.wait()
     assert status == HUNG, printed
-    assert "hung in step" in printed
+    assert "hung " in printed
+    assert "the stacks of all threads are in" in printed
     stacks = list((pair.workdir / STACKS).glob("process-*.txt"))
     assert any("in run_to_end" in path.read_text() and "Thread 0x" in path.read_text() for path in stacks)
 
