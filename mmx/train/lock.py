@@ -143,6 +143,12 @@ def _is_gone(owner: Owner) -> bool:
     """Whether this host knows that the owner is no more."""
     if owner.host != socket.gethostname():
         return False
+    try:
+        os.kill(owner.process, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # Somebody else's process.
+        pass
     return owner.boot != _boot() or owner.born != _born(owner.process)
 
 

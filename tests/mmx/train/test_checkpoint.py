@@ -5,9 +5,11 @@ import shutil
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from flax import serialization
 
-from mmx.config import CheckpointConfig, ConfigError, MeshConfig, OptimizerConfig
+from mmx.config import CheckpointConfig, ConfigError, MeshConfig, OptimizerConfig, to_dict
 from mmx.parallel import build_mesh
 from mmx.train.checkpoint import Checkpoints, Progress, load_params
 from mmx.train.checksums import CHECKSUMS, WRITTEN_LATER, find_damage
@@ -48,6 +50,23 @@ def test_round_trip(saved, state):
     for a, b in zip(jax.tree.leaves(restored.params), jax.tree.leaves(state.params), strict=True):
         np.testing.assert_array_equal(a, b)
         assert a.dtype == b.dtype
+
+
+def test_checkpoint_of_an_earlier_version(saved, state):
+    """It has no checksums, no health in its state and no count of rollbacks."""
+    values = serialization.to_state_dict(state._replace(skipped=np.int32(3)))
+    del values["health"]
+    with ocp.CheckpointManager(saved.absolute()) as manager:
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(values),
+            progress=ocp.args.JsonSave({"step": 3, "tokens": 300, "data": {"global_next_index": 24}}),
+            model=ocp.args.JsonSave(to_dict(TINY)),
+        )
+        manager.save(3, args=items)
+    restored, where = open_again(saved).restore(TINY, abstract_state(TINY, OPTIMIZER))
+    assert where == progress(3)
+    assert restored.skipped == 3
+    assert restored.health.bad_in_a_row == restored.health.average_loss == 0
 
 
 def test_restores_onto_a_mesh(saved, state):
