@@ -19,6 +19,12 @@ _PROCESSES = flags.DEFINE_integer("processes", 1, "How many processes.", lower_b
 _CPU_DEVICES = flags.DEFINE_integer(
     "cpu_devices", 0, "Virtual CPU devices of each process; 0 uses the host's GPUs.", lower_bound=0
 )
+_GRACE = flags.DEFINE_float(
+    "grace_seconds",
+    20.0,
+    "How long the others may take to leave after one has failed, before they are killed.",
+    lower_bound=0,
+)
 _LAUNCHERS = ("prepare", "pretrain", "generate", "report", "bench")
 
 
@@ -38,7 +44,9 @@ def run(arguments: list[str]) -> int:
             environment["XLA_FLAGS"] = program.with_cpu_devices(_CPU_DEVICES.value)
         elif _PROCESSES.value > 1:
             environment["CUDA_VISIBLE_DEVICES"] = str(index)
-    return run_processes([sys.executable, "-u", "-m", f"launch.{arguments[0]}", *arguments[1:]], environments)
+    return run_processes(
+        [sys.executable, "-u", "-m", f"launch.{arguments[0]}", *arguments[1:]], environments, _GRACE.value
+    )
 
 
 if __name__ == "__main__":

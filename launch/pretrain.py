@@ -39,7 +39,8 @@ def run() -> int:
     from mmx.train.loop import train
 
     join_processes(managed=_DISTRIBUTED.value)
-    outcome = train(config, Path(_WORKDIR.value), Console(speaks=jax.process_index() == 0))
+    with program.leaving_at_once():
+        outcome = train(config, Path(_WORKDIR.value), Console(speaks=jax.process_index() == 0))
     return 130 if outcome.stopped_by == signal.SIGINT else 0
 
 

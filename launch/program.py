@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ml_collections import config_flags
 from mmx.config import ConfigError, Run, check_field
 
 MISTAKE = 1
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CPU_DEVICES = "--xla_force_host_platform_device_count"
 
 
@@ -44,6 +46,31 @@ def main(run: Callable[..., int | None], takes_arguments: bool = False) -> None:
             return run()
 
     app.run(start, flags_parser=_parse)
+
+
+@contextlib.contextmanager
+def leaving_at_once() -> Iterator[None]:
+    """Ends the process as soon as what is inside fails, when it is one of several.
+
+    The others wait for this one in some operation, and would wait on while it waits for theirs to bid farewell.
+    """
+    import jax
+
+    if jax.process_count() == 1:
+        yield
+        return
+    status = MISTAKE
+    try:
+        with _one_sentence():
+            yield
+            return
+    except SystemExit as leaving:
+        status = leaving.code
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
@@ -119,8 +146,8 @@ def _one_sentence() -> Iterator[None]:
     except PermissionError as error:
         _fail(f"{error.filename}: permission denied")
     except Exception as error:
-        # Orbax and tensorstore wrap the system's error in their own.
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
+        # Orbax and tensorstore wrap the system's error in their own. A limit on files is as good as a full disk.
+        if getattr(error, "errno", None) in _FULL or any(os.strerror(number) in str(error) for number in _FULL):
             _fail("the disk is full: free some space, or choose another place; what was saved before is intact")
         raise
 

@@ -123,6 +123,15 @@ class TrainConfig:
     log_every: int = 10
     # Steps between held-out evaluations; 0 evaluates only at the start and the end.
     eval_every: int = 0
+    # A loss above this multiple of the running average (over about 50 steps) is a spike, whose step is skipped as those
+    # that are not finite are; 0 skips the latter alone.
+    spike_factor: float = 0.0
+    # Skipped steps in a row after which the run goes back to its last checkpoint and goes on with the data behind them;
+    # 0 never goes back.
+    rollback_after: int = 0
+    # Seconds that a step, a save or an evaluation may take before the run counts as hung: it writes the stacks of its
+    # threads to the workdir and ends; 0 waits for ever. Compiling the step does not count.
+    hang_seconds: float = 1800.0
 
 
 @dataclasses.dataclass
@@ -174,6 +183,8 @@ class Run:
             "train.micro_batches": 1,
             "train.log_every": 1,
             "train.eval_every": 0,
+            "train.rollback_after": 0,
+            "train.hang_seconds": 0,
             "checkpoint.every": 1,
             "checkpoint.keep": 1,
         }.items():
@@ -181,6 +192,11 @@ class Run:
             value = getattr(getattr(self, branch), field)
             if value < least:
                 raise ConfigError(f"{path}={value} is too small: set it to at least {least}")
+
+        if self.train.spike_factor and self.train.spike_factor <= 1:
+            raise ConfigError(
+                f"train.spike_factor={self.train.spike_factor} would skip ordinary steps: use 0, or more than 1"
+            )
 
     def _validate_mixture(self) -> None:
         data = self.data

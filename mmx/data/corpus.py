@@ -27,6 +27,17 @@ _COUNTED = "counted_spans.npy"
 _CACHED_RECORDS = 256
 
 
+def entry_of(folder: Path, name: str, said_by: Path) -> Path:
+    """The path of a folder's entry that an index names.
+
+    Raises:
+      ConfigError: if the name leads out of the folder, or is none.
+    """
+    if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
+        raise ConfigError(f"{said_by} names {name!r}, which is not directly in {folder}: is it from someone you trust?")
+    return folder / name
+
+
 class CorpusWriter:
     """Writes documents one by one; ``close`` writes the index, without which the folder cannot be read."""
 
@@ -104,12 +115,15 @@ class Corpus:
             raise ConfigError(f"{folder} holds no prepared documents: run launch.prepare, or correct data.path")
         index = json.loads(index_path.read_text())
         for shard in index["shards"]:
-            path = folder / shard["name"]
+            path = entry_of(folder, shard["name"], index_path)
             size = path.stat().st_size if path.exists() else None
             if size != shard["bytes"]:
                 state = "is missing" if size is None else f"has {size} bytes instead of {shard['bytes']}"
                 raise ConfigError(f"{path} {state}: restore it or run launch.prepare again")
-        self.lengths = np.load(folder / _LENGTHS, mmap_mode="r")
+        try:
+            self.lengths = np.load(folder / _LENGTHS, mmap_mode="r")
+        except ValueError as error:  # No array, or Python objects, whose reading would run any code that they hold.
+            raise ConfigError(f"{folder / _LENGTHS} holds no lengths ({error}): run launch.prepare again") from None
         self.tokens: int = index["tokens"]
         self._spans = self._load_spans(folder / _COUNTED) if not index.get("counts_all", True) else None
         self._piece: int = index["piece"]

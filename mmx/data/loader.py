@@ -17,7 +17,7 @@ import numpy as np
 from grain.experimental import ElasticIterator
 
 from mmx.config import ConfigError, DataConfig
-from mmx.data.corpus import Corpus
+from mmx.data.corpus import Corpus, entry_of
 from mmx.data.interleave import Interleaving
 from mmx.data.mixture import LONG, MEDIUM, Mixture, Part, in_bucket
 from mmx.data.packing import PackedRows, Row
@@ -47,7 +47,9 @@ class PreparedData:
         self._report = json.loads((self.folder / REPORT).read_text())
         self.tokenizer_path = self.folder / TOKENIZER
         self.tokenizer = Tokenizer.load(self.tokenizer_path)
-        self._corpus = functools.cache(lambda source, split: Corpus(self.folder / source / split))
+        self._corpus = functools.cache(
+            lambda source, split: Corpus(entry_of(self.folder, source, self.folder / REPORT) / split)
+        )
         sources = {name: self._is_synthetic(name) for name in self._report["sources"]}
         self._mixture = Mixture(config, sources, self._tokens)
 

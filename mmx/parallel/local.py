@@ -14,14 +14,11 @@ from typing import TextIO
 
 from mmx.parallel.processes import COORDINATOR, COUNT, INDEX
 
-# Seconds that the others get to save and leave after one has failed, before they are killed.
-GRACE = 20.0
-
 
 def run_processes(
     command: Sequence[str],
     environments: Sequence[Mapping[str, str]],
-    grace: float = GRACE,
+    grace: float,
     stream: TextIO | None = None,
 ) -> int:
     """Runs a command once with each environment and waits for all.
@@ -33,6 +30,7 @@ def run_processes(
     Args:
       command: program and arguments.
       environments: variables of each process, on top of this one's.
+      grace: seconds.
       stream: where lines go; standard output if None.
 
     Returns:
@@ -53,14 +51,15 @@ def run_processes(
         )
         for environment in environments
     ]
+    last_lines = [""] * len(processes)
     threads = [
-        threading.Thread(target=_show, args=(index, process, stream), daemon=True)
+        threading.Thread(target=_show, args=(index, process, stream, last_lines), daemon=True)
         for index, process in enumerate(processes)
     ]
     for thread in threads:
         thread.start()
     with _handing_on(processes):
-        failed = _wait(processes, grace, stream)
+        failed = _wait(processes, grace, stream, last_lines)
     for thread in threads:
         thread.join(timeout=5)
     return failed
@@ -75,21 +74,24 @@ def join_on_this_host(count: int) -> list[dict[str, str]]:
     return [shared | {INDEX: str(index)} for index in range(count)]
 
 
-def _show(index: int, process: subprocess.Popen, stream: TextIO) -> None:
+def _show(index: int, process: subprocess.Popen, stream: TextIO, last_lines: list[str]) -> None:
     for line in process.stdout:
+        last_lines[index] = line.strip() or last_lines[index]
         stream.write(f"[{index}] {line}" if line.endswith("\n") else f"[{index}] {line}\n")
         stream.flush()
 
 
-def _wait(processes: Sequence[subprocess.Popen], grace: float, stream: TextIO) -> int:
+def _wait(processes: Sequence[subprocess.Popen], grace: float, stream: TextIO, last_lines: Sequence[str]) -> int:
     failed, deadline = 0, None
     while running := [process for process in processes if process.poll() is None]:
-        broken = next((p for p in processes if p.returncode), None)
+        # Of several, one that a signal ended comes first: others may have failed because it was gone.
+        broken = min((p for p in processes if p.returncode), key=lambda p: p.returncode, default=None)
         if broken is not None and deadline is None:
             failed, deadline = _status(broken.returncode), time.monotonic() + grace
-            stream.write(
-                f"process {processes.index(broken)} ended with {_words(broken.returncode)}: stopping the others\n"
-            )
+            index = processes.index(broken)
+            # A signal's victim said nothing about it.
+            reason = f" ({last_lines[index]})" if broken.returncode > 0 and last_lines[index] else ""
+            stream.write(f"process {index} ended with {_words(broken.returncode)}{reason}: stopping the others\n")
             stream.flush()
             for process in running:
                 process.terminate()

@@ -2,14 +2,17 @@
 
 A checkpoint is a folder ``<step>`` with three items: ``state`` (parameters, optimizer, counters; nested dictionaries of
 arrays), ``progress`` (step, tokens, position in the data) and ``model`` (the model's configuration). Orbax writes under
-another name and renames at the end, so what bears a step's name was complete when it was written.
+another name and renames at the end, so what bears a step's name was complete when it was written. Just before, process
+0 adds the checksums of all files, and they are compared before a checkpoint is used.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
-from collections.abc import Callable, Set
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +23,14 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from mmx.config import CheckpointConfig, ConfigError, ModelConfig, from_dict, to_dict
 from mmx.model.text import init_params, parameter_specs
+from mmx.parallel.processes import Board
+from mmx.train.checksums import find_damage, first_of, write_checksums
+from mmx.train.health import fresh_health
 from mmx.train.step import TrainState
 
 CHECKPOINTS = "checkpoints"  # within a workdir
 DAMAGED = "damaged"
+_UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax's, behind the step's name
 # Items of a checkpoint.
 STATE, PROGRESS, MODEL = "state", "progress", "model"
 # In the progress of a checkpoint without a run: launch.convert wrote its parameters, and there is nothing else.
@@ -37,6 +44,7 @@ class Progress:
     step: int
     tokens: int
     data: dict[str, Any]
+    rollbacks: int = 0  # times that the run went back to a checkpoint by itself
 
 
 class Checkpoints:
@@ -45,7 +53,17 @@ class Checkpoints:
     def __init__(self, folder: Path, config: CheckpointConfig, log: Callable[[str], None]):
         self._folder = folder.absolute()
         self._log = log
-        self._options = ocp.CheckpointManagerOptions(max_to_keep=config.keep, enable_async_checkpointing=True)
+        self._board = Board()
+        self._saving: int | None = None
+        self._options = ocp.CheckpointManagerOptions(
+            max_to_keep=config.keep,
+            enable_async_checkpointing=True,
+            async_options=ocp.AsyncOptions(
+                # Orbax calls it on process 0, in its own thread, when all is written and before the final rename.
+                post_finalization_callback=self._seal,
+                barrier_sync_fn=_wait_for_others,
+            ),
+        )
         self._manager = self._open()
 
     def save(self, model: ModelConfig, state: TrainState, progress: Progress) -> None:
@@ -57,6 +75,7 @@ class Checkpoints:
         self._manager.wait_until_finished()  # As saving would: the room that is left is known only then.
         self._require_room(state)
         values = _to_dict(state)
+        self._saving = progress.step
         self._manager.save(
             progress.step,
             args=ocp.args.Composite(
@@ -87,12 +106,16 @@ class Checkpoints:
     def restore(self, model: ModelConfig, abstract: TrainState) -> tuple[TrainState, Progress] | None:
         """The newest checkpoint that can be read, laid out as ``abstract``; None if there is none.
 
-        One that cannot be read is named in the log and set aside in a folder of its own, and the one before is tried.
+        One that is damaged or cannot be read is named in the log and set aside in a folder of its own, and the one
+        before is tried. The processes share the reading of checksums and decide together.
 
         Raises:
           ConfigError: if the checkpoints are of another model.
         """
         while (step := self._manager.latest_step()) is not None:
+            if damage := self._find_damage(step):
+                self._set_aside(step, first_of(damage))
+                continue
             try:
                 saved = self._manager.restore(
                     step, args=ocp.args.Composite(model=ocp.args.JsonRestore(), progress=ocp.args.JsonRestore())
@@ -103,14 +126,29 @@ class Checkpoints:
                         f"{self._folder.parent} holds converted parameters and no run: train in another workdir, "
                         f"with --config.checkpoint.initial={self._folder.parent}"
                     )
-                target = ocp.args.Composite(state=ocp.args.StandardRestore(_to_dict(abstract)))
-                state = serialization.from_state_dict(abstract, self._manager.restore(step, args=target)["state"])
-                return state, Progress(**saved["progress"])
+                # Checkpoints of the first versions count no rollbacks, and have no health in their state.
+                state = self._restore_state(step, abstract, has_health="rollbacks" in saved["progress"])
+                failure = ""
             except ConfigError:
                 raise
-            except Exception as error:  # Whatever Orbax, tensorstore or JSON make of a truncated file.
-                self._set_aside(step, error)
+            except Exception as error:  # Whatever Orbax, tensorstore or JSON make of a file that has no checksum.
+                failure = " ".join(str(error).split())[:100] or type(error).__name__
+            failures = [failure for failure in self._board.gather(failure) if failure]
+            if not failures:
+                return state, Progress(**saved["progress"])
+            self._set_aside(step, failures[0])
         return None
+
+    def _restore_state(self, step: int, abstract: TrainState, has_health: bool) -> TrainState:
+        target = _to_dict(abstract)
+        health = target.pop("health")
+        if has_health:
+            target["health"] = health
+        restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))[STATE]
+        if not has_health:
+            places = jax.tree.map(lambda x: x.sharding, health)
+            restored["health"] = jax.device_put(_to_dict(fresh_health()), places)
+        return serialization.from_state_dict(abstract, restored)
 
     def wait(self) -> None:
         """Returns when everything that was started is on disk."""
@@ -123,17 +161,36 @@ class Checkpoints:
     def _open(self) -> ocp.CheckpointManager:
         return ocp.CheckpointManager(self._folder, options=self._options)
 
-    def _set_aside(self, step: int, error: Exception) -> None:
+    def _seal(self) -> None:
+        unfinished = [path for path in self._folder.glob(f"{self._saving}{_UNFINISHED}*") if path.is_dir()]
+        if len(unfinished) == 1:
+            write_checksums(unfinished[0])
+
+    def _find_damage(self, step: int) -> list[str]:
+        mine = find_damage(self._folder / str(step), self._board.index, self._board.count)
+        return [phrase for part in self._board.gather(json.dumps(mine)) for phrase in json.loads(part)]
+
+    def _set_aside(self, step: int, reason: str) -> None:
         self._manager.close()
         damaged = self._folder / str(step)
         kept = self._folder.parent / f"{self._folder.name}-{DAMAGED}" / str(step)
-        if jax.process_index() == 0:
+        if self._board.index == 0:
             kept.parent.mkdir(exist_ok=True)
             shutil.rmtree(kept, ignore_errors=True)
             damaged.rename(kept)
-        reason = " ".join(str(error).split())[:100]
-        self._log(f"checkpoint {damaged} cannot be read ({reason}); moved to {kept}, going back to the one before")
+        self._board.gather("moved")
+        self._log(f"checkpoint {damaged} cannot be used ({reason}); moved to {kept}, going back to the one before")
         self._manager = self._open()
+
+
+def _wait_for_others(*, key: str, timeout_ms: int) -> None:
+    """Orbax's barrier, which a process whose part of a save has failed leaves out.
+
+    Orbax goes there while the failure is on its way to whoever waits for the save. The others never come: they are at
+    the barrier before it, for twenty minutes. Without the wait the failure ends this process, and that ends theirs.
+    """
+    if sys.exc_info()[0] is None:
+        ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
 def load_params(folder: Path, step: int | None = None) -> tuple[ModelConfig, dict[str, Any]]:
@@ -144,12 +201,15 @@ def load_params(folder: Path, step: int | None = None) -> tuple[ModelConfig, dic
       step: None takes the newest.
 
     Raises:
-      ConfigError: if there is no such checkpoint.
+      ConfigError: if there is no such checkpoint, or it is damaged.
     """
     with ocp.CheckpointManager(folder.absolute()) as manager:
         step = manager.latest_step() if step is None else step
         if step is None or step not in manager.all_steps():
             raise ConfigError(f"{folder} holds no checkpoint{'' if step is None else f' of step {step}'}")
+        if damage := find_damage(folder / str(step)):
+            others = ", ".join(str(folder / str(other)) for other in manager.all_steps() if other != step)
+            raise ConfigError(f"{folder / str(step)} is damaged: {first_of(damage)}; there is {others or 'no other'}")
         model = from_dict(
             manager.restore(step, args=ocp.args.Composite(model=ocp.args.JsonRestore()))["model"], ModelConfig
         )
@@ -187,7 +247,7 @@ def load_initial(directory: Path, model: ModelConfig) -> dict[str, Any]:
       ConfigError: if there are none, or they are of another model.
     """
     saved, params = load_params(*find_checkpoints(directory))
-    _require_same(saved, model, directory, _SHAPES | _ARITHMETIC)
+    _require_same(saved, model, directory)
     shapes = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
     return jax.tree.map(lambda x, shape: x.astype(shape.dtype), params, shapes)
 
@@ -208,15 +268,15 @@ def _save_args(values: dict[str, Any]) -> dict[str, Any]:
     return jax.tree_util.tree_map_with_path(chunk, values)
 
 
-def _require_same(saved: ModelConfig, wanted: ModelConfig, path: Path, fields: Set[str] | None = None) -> None:
-    """Raises ConfigError if a checkpoint's parameters are not those of the wanted model."""
-    fields = _SHAPES if fields is None else fields
+def _require_same(saved: ModelConfig, wanted: ModelConfig, path: Path) -> None:
+    """Raises ConfigError, naming all fields that differ, if a checkpoint's parameters are not the wanted model's."""
+    differing = []
     for field in dataclasses.fields(ModelConfig):
         old, new = (_value(config, field.name) for config in (saved, wanted))
-        if field.name in fields and old != new:
-            raise ConfigError(
-                f"{path} has model.{field.name}={old!r} and this run has {new!r}: use another workdir or the same model"
-            )
+        if field.name in _SHAPES | _ARITHMETIC and old != new:
+            differing.append(f"model.{field.name}={old!r} and this run has {new!r}")
+    if differing:
+        raise ConfigError(f"{path} has {', '.join(differing)}: use another workdir or the same model")
 
 
 def _value(config: ModelConfig, field: str) -> Any:
@@ -224,7 +284,7 @@ def _value(config: ModelConfig, field: str) -> Any:
     return config.alpha(field.removesuffix("_alpha")) if field.endswith("_alpha") else getattr(config, field)
 
 
-# Fields that decide the shapes of parameters; the others may change between runs.
+# Fields that decide the shapes of parameters.
 _SHAPES = frozenset(
     {
         "vocab_size",
@@ -241,6 +301,7 @@ _SHAPES = frozenset(
 )
 
 # Fields that decide what the same parameters compute. RoPE's base is not among them: context extension changes it.
+# What is in neither set may change between runs.
 _ARITHMETIC = frozenset(
     {
         "experts_per_token",

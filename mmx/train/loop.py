@@ -22,17 +22,23 @@ from mmx.data.loader import PreparedData
 from mmx.data.prepare import TOKENIZER
 from mmx.parallel import build_mesh
 from mmx.parallel.compiler import compiler_options
+from mmx.parallel.processes import Board
 from mmx.parallel.sequence_layout import SequenceLayout
 from mmx.train.checkpoint import CHECKPOINTS, Checkpoints, Progress, load_initial
 from mmx.train.console import Console
 from mmx.train.evaluate import HeldoutLoss, heldout_loss, heldout_sums
-from mmx.train.metrics import MetricsWriter
+from mmx.train.goodput import COMPILING, DATA, EVALUATING, PRODUCTIVE, SAVING, Goodput
+from mmx.train.lock import locked_for_all
+from mmx.train.metrics import MetricsWriter, read_metrics
+from mmx.train.notice import heeding_notices
 from mmx.train.optimizer import build_optimizer
 from mmx.train.placement import BatchPlacement
+from mmx.train.recovery import Recovery
 from mmx.train.reporter import Reporter
 from mmx.train.schedule import learning_rate
 from mmx.train.step import TrainState, abstract_state, init_state, start_state, train_step
 from mmx.train.stop import StopRequest, stop_on_signals
+from mmx.train.watchdog import Watchdog, write_to_stderr
 
 CONFIG = "config.json"
 
@@ -77,7 +83,8 @@ class _Session:
         self._run, self._workdir, self._console, self._stop = run, workdir, console, stop
         layout = SequenceLayout(run.model.sequence_layout)
         self._placement = BatchPlacement(mesh, layout, run.data.batch_size, run.data.sequence_length)
-        self._is_writer = jax.process_index() == 0
+        self._board = Board()
+        self._is_writer = self._board.index == 0
         self._data = PreparedData(run.data)
         needed = self._data.tokenizer.vocab_size
         if needed > run.model.vocab_size:
@@ -88,8 +95,18 @@ class _Session:
         self._batches = self._data.training_batches(run.train.seed, self._placement.share)
         self._optimizer = build_optimizer(run.optimizer)
         self._tokens_per_step = run.data.batch_size * run.data.sequence_length
+        self._recovery = Recovery(run.train.rollback_after)
+        self._watchdog = Watchdog(run.train.hang_seconds, workdir, self._board.index, write_to_stderr)
 
     def run_to_end(self) -> Outcome:
+        with (
+            locked_for_all(self._workdir, self._board, self._console.say),
+            self._watchdog.watching(),
+            heeding_notices(write_to_stderr),
+        ):
+            return self._run_locked()
+
+    def _run_locked(self) -> Outcome:
         run, console = self._run, self._console
         checkpoints = Checkpoints(self._workdir / CHECKPOINTS, run.checkpoint, console.say)
         try:
@@ -98,9 +115,12 @@ class _Session:
                 console.say(f"already at step {progress.step}: raise train.steps to go on")
                 return Outcome(progress.step, None, None)
             self._write_workdir()
-            metrics = MetricsWriter(self._workdir, progress.step or None) if self._is_writer else None
+            resumed_step = progress.step or None
+            goodput = Goodput(read_metrics(self._workdir) if self._is_writer else (), resumed_step)
+            metrics = MetricsWriter(self._workdir, resumed_step) if self._is_writer else None
+            reporter = Reporter(run, console, metrics, self._placement.share.count, goodput)
             try:
-                return self._train(state, progress, checkpoints, metrics)
+                return self._train(state, progress, checkpoints, reporter, goodput)
             finally:
                 if metrics is not None:
                     metrics.close()
@@ -130,37 +150,51 @@ class _Session:
             shutil.copyfile(self._data.tokenizer_path, self._workdir / TOKENIZER)
 
     def _train(
-        self, state: TrainState, progress: Progress, checkpoints: Checkpoints, metrics: MetricsWriter | None
+        self, state: TrainState, progress: Progress, checkpoints: Checkpoints, reporter: Reporter, goodput: Goodput
     ) -> Outcome:
         run, console = self._run, self._console
-        reporter = Reporter(run, console, metrics, self._placement.share.count)
+        reporter.started(progress)
         if progress.step == 0:
             self._evaluate(state, progress, reporter)
         console.say("compiling the training step")
         started = time.monotonic()
         iterator = iter(self._batches)
-        step = self._compile(state)
+        with goodput.spending(COMPILING):
+            step = self._compile(state)
+            self._board.gather("compiled")  # A process that waits for another's compiler in its first step is not hung.
         console.say(f"compiled in {time.monotonic() - started:.0f} s; training to step {run.train.steps}")
         reporter.resume_clock()
+        goodput.spend(PRODUCTIVE)
         heldout = None
-        while progress.step < run.train.steps and not self._stop:
+        while progress.step < run.train.steps and not self._stop.reached():
+            self._watchdog.alive(f"in step {progress.step + 1}")
             waited = time.monotonic()
-            row = next(iterator)
+            with goodput.spending(DATA):
+                row = next(iterator)
             reporter.waited_for_data(time.monotonic() - waited)
             batch = self._placement.to_devices(row)
             tokens = progress.tokens + self._tokens_per_step
             rate = learning_rate(run.optimizer, tokens, self._tokens_per_step)
             state, step_metrics = step(state, batch, jnp.float32(rate))
-            progress = Progress(progress.step + 1, tokens, self._batches.get_state())
+            progress = dataclasses.replace(
+                progress, step=progress.step + 1, tokens=tokens, data=self._batches.get_state()
+            )
             reporter.step_done(progress, rate, step_metrics, row)
+            if self._recovery.is_due(step_metrics):
+                state, progress = self._go_back(state, progress, checkpoints, reporter)
+                continue
 
             is_last = progress.step == run.train.steps
             if is_last or (run.train.eval_every and progress.step % run.train.eval_every == 0):
+                self._watchdog.alive(f"evaluating step {progress.step}")
                 heldout = self._evaluate(state, progress, reporter)
-            if is_last or self._stop or progress.step % run.checkpoint.every == 0:
-                with reporter.paused():
+            if is_last or (progress.step % run.checkpoint.every == 0 and self._recovery.may_save(step_metrics)):
+                self._watchdog.alive(f"saving step {progress.step}")
+                with reporter.paused(SAVING):
                     checkpoints.save(run.model, state, progress)
+                goodput.saved()
         reporter.flush()
+        self._watchdog.alive("in the last save")
         if self._stop:
             if checkpoints.latest != progress.step:
                 checkpoints.save(run.model, state, progress)
@@ -170,10 +204,31 @@ class _Session:
         checkpoints.wait()
         return Outcome(progress.step, None, heldout)
 
+    def _go_back(
+        self, state: TrainState, progress: Progress, checkpoints: Checkpoints, reporter: Reporter
+    ) -> tuple[TrainState, Progress]:
+        """The state of the last checkpoint, and the position in the data as it is."""
+        reporter.flush()
+        checkpoints.wait()
+        skipped = state.skipped.copy()
+        jax.tree.map(lambda x: x.delete(), state)  # There may be no room for two.
+        restored = checkpoints.restore(self._run.model, abstract_state(self._run.model, self._optimizer))
+        self._recovery.went_back(None if restored is None else restored[1].step)
+        state, there = restored
+        reporter.went_back(there, progress)
+        health = state.health._replace(bad_in_a_row=0 * state.health.bad_in_a_row)
+        there = dataclasses.replace(there, data=progress.data, rollbacks=progress.rollbacks + 1)
+        return state._replace(skipped=skipped, health=health), there
+
     def _compile(self, state: TrainState) -> Any:
         run = self._run
         step = functools.partial(
-            train_step, run.model, self._optimizer, run.optimizer.clip_norm, run.train.micro_batches
+            train_step,
+            run.model,
+            self._optimizer,
+            run.optimizer.clip_norm,
+            run.train.micro_batches,
+            spike_factor=run.train.spike_factor,
         )
         example = self._placement.empty()
         # The state's buffers are reused for the new state.
@@ -191,7 +246,7 @@ class _Session:
     def _evaluate(self, state: TrainState, progress: Progress, reporter: Reporter) -> HeldoutLoss | None:
         if not self._run.data.heldout_sequences:
             return None
-        with reporter.paused():
+        with reporter.paused(EVALUATING):
             rows = self._data.heldout_batches(self._placement.share)
             batches = (self._placement.to_devices(row) for row in rows)
             loss = heldout_loss(lambda batch: self._heldout_sums(state.params, batch), batches)

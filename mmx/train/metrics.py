@@ -28,14 +28,23 @@ class MetricsWriter:
 
     def __init__(self, workdir: Path, resumed_step: int | None):
         """Rows after ``resumed_step`` are dropped: those steps are taken again. None: the run starts from nothing."""
-        path = workdir / METRICS
-        first_step = 0 if resumed_step is None else resumed_step + 1
-        kept = [row for row in read_metrics(workdir) if row["step"] < first_step]
+        self._workdir = workdir
+        self._open(resumed_step)
+
+    def go_back(self, step: int) -> None:
+        """Drops the rows after a step."""
+        self.close()
+        self._open(step)
+
+    def _open(self, last_step: int | None) -> None:
+        path = self._workdir / METRICS
+        first_step = 0 if last_step is None else last_step + 1
+        kept = [row for row in read_metrics(self._workdir) if row["step"] < first_step]
         partial = path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
         partial.replace(path)
         self._file = path.open("a")
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step, flush_secs=10)
+        self._board = SummaryWriter(str(self._workdir / "tensorboard"), purge_step=first_step, flush_secs=10)
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends a row, which has a ``step``; its scalars also go to TensorBoard."""

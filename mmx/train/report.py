@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 
 from mmx.config import ConfigError, Run, count_parameters, load_json
+from mmx.train.goodput import describe
 from mmx.train.loop import CONFIG
 from mmx.train.metrics import METRICS, read_metrics
 
@@ -151,9 +152,12 @@ def _facts(run: Run, steps: list[dict[str, Any]], heldout: list[dict[str, Any]])
         "Training loss": f"{last['loss']:.4f} nats a token",
         "Median speed": f"{np.median(_column(steps, 'tokens_per_second')):,.0f} tokens a second",
         "Dropped assignments": f"{last['drop_rate']:.2%} in the last logged step",
-        "Skipped steps": f"{last['skipped_steps']}",
+        "Skipped steps": f"{last['skipped_steps']}"
+        + (f", gone back {last['rollbacks']} times" if last.get("rollbacks") else ""),
         "Data": run.data.path,
     }
+    if goodput := describe(last):
+        facts["Goodput"] = goodput
     if heldout:
         first, final = (heldout[n]["heldout_bits_per_byte"] for n in (0, -1))
         facts["Held-out bits a byte"] = (

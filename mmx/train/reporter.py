@@ -15,6 +15,7 @@ from mmx.data.packing import Row
 from mmx.train.checkpoint import Progress
 from mmx.train.console import Console
 from mmx.train.evaluate import HeldoutLoss
+from mmx.train.goodput import Goodput
 from mmx.train.metrics import MetricsWriter
 from mmx.train.step import StepMetrics
 from mmx.train.throughput import document_lengths, utilisation
@@ -26,9 +27,10 @@ class Reporter:
     The metrics of a logged step are fetched when the next step has been started, so that the devices never wait for it.
     """
 
-    def __init__(self, run: Run, console: Console, metrics: MetricsWriter | None, shares: int):
+    def __init__(self, run: Run, console: Console, metrics: MetricsWriter | None, shares: int, goodput: Goodput):
         """``shares``: parts that a batch is read in, of which this process reads one."""
         self._run, self._console, self._metrics, self._shares = run, console, metrics, shares
+        self._goodput = goodput
         self._pending: tuple[Progress, float, StepMetrics, Row] | None = None
         self.resume_clock()
 
@@ -37,16 +39,37 @@ class Reporter:
         self._since, self._steps, self._data_seconds = time.monotonic(), 0, 0.0
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Keeps the time inside out of the throughput."""
+    def paused(self, way: str) -> Iterator[None]:
+        """Keeps the time inside out of the throughput; ``way`` is how it is spent, see ``mmx.train.goodput``."""
         self.flush()
         started = time.monotonic()
-        yield
+        with self._goodput.spending(way):
+            yield
         self._since += time.monotonic() - started
 
     def waited_for_data(self, seconds: float) -> None:
         """Adds to the share of time spent waiting for the next batch."""
         self._data_seconds += seconds
+
+    def started(self, progress: Progress) -> None:
+        """Reports a start of the run, so that the time lost until then is on disk."""
+        self._write({"step": progress.step, "tokens": progress.tokens, "event": "started"})
+
+    def went_back(self, there: Progress, before: Progress) -> None:
+        """Reports that the steps after a checkpoint are forgotten, and their data with them."""
+        self._console.say(
+            f"too many skipped steps in a row: going back from step {before.step} to {there.step}; "
+            "the data in between is skipped"
+        )
+        self._pending = None
+        self._goodput.went_back()
+        if self._metrics is not None:
+            self._metrics.go_back(there.step)
+        self._write(
+            {"step": there.step, "tokens": there.tokens, "event": "went back", "from_step": before.step}
+            | {"rollbacks": before.rollbacks + 1}
+        )
+        self.resume_clock()
 
     def step_done(self, progress: Progress, rate: float, step_metrics: StepMetrics, row: Row) -> None:
         """Reports the step before, if it was due, now that this one has been started."""
@@ -86,6 +109,7 @@ class Reporter:
             "drop_rate": float(values.stats.dropped.mean()),
             "drop_rate_by_layer": np.round(values.stats.dropped.astype(float), 6).tolist(),
             "skipped_steps": int(values.skipped),
+            "rollbacks": progress.rollbacks,
         }
         mfu = self._utilisation(row, seconds / self._steps)
         if mfu is not None:
@@ -107,4 +131,4 @@ class Reporter:
 
     def _write(self, row: dict[str, Any]) -> None:
         if self._metrics is not None:
-            self._metrics.write(row)
+            self._metrics.write(row | self._goodput.row())

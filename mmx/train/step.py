@@ -1,4 +1,4 @@
-"""One training step: accumulate gradients over micro-batches, clip, AdamW, and skip what is not finite.
+"""One training step: accumulate gradients over micro-batches, clip, AdamW, and skip what is not finite or a spike.
 
 Shapes: A micro-batches, B batch, S tokens.
 """
@@ -15,6 +15,7 @@ from mmx.config import ModelConfig
 from mmx.model.experts import ExpertStats
 from mmx.model.text import Params, init_params
 from mmx.parallel import constrain
+from mmx.train.health import Health, fresh_health, judge
 from mmx.train.loss import Batch, LossSums, loss_sums
 
 
@@ -23,7 +24,8 @@ class TrainState(NamedTuple):
 
     params: Params
     optimizer: Any
-    skipped: jax.Array  # steps so far whose gradient was not finite, int32
+    skipped: jax.Array  # steps so far that did not count, int32
+    health: Health
 
 
 class StepMetrics(NamedTuple):
@@ -33,6 +35,7 @@ class StepMetrics(NamedTuple):
     grad_norm: jax.Array  # global norm before clipping
     stats: ExpertStats
     skipped: jax.Array  # as in the state after the step
+    bad_in_a_row: jax.Array  # likewise
 
 
 def init_state(config: ModelConfig, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
@@ -42,7 +45,7 @@ def init_state(config: ModelConfig, optimizer: optax.GradientTransformation, see
 
 def start_state(optimizer: optax.GradientTransformation, params: Params) -> TrainState:
     """The state of a run that starts from given parameters. Call it under ``jax.jit``."""
-    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), fresh_health())
 
 
 def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation) -> TrainState:
@@ -68,18 +71,21 @@ def train_step(
     state: TrainState,
     batch: Batch,
     rate: jax.Array,
+    spike_factor: float = 0.0,
 ) -> tuple[TrainState, StepMetrics]:
     """Takes one optimizer step on a batch.
 
-    A step whose loss or gradient is not finite leaves parameters and optimizer as they were and is counted.
+    A step whose loss or gradient is not finite, or whose loss is a spike, leaves parameters and optimizer as they were
+    and is counted.
 
     Args:
       config, optimizer, micro_batches: fixed; bind them before ``jax.jit``.
       batch: B is a multiple of ``micro_batches``.
       rate: learning rate, fp32 scalar.
+      spike_factor: see ``mmx.train.health.judge``.
     """
     sums, grads = token_sum_gradient(config, micro_batches, state.params, batch)
-    return apply_gradient(optimizer, clip_norm, state, sums, grads, rate)
+    return apply_gradient(optimizer, clip_norm, state, sums, grads, rate, spike_factor)
 
 
 def apply_gradient(
@@ -89,11 +95,12 @@ def apply_gradient(
     sums: LossSums,
     grads: Params,
     rate: jax.Array,
+    spike_factor: float = 0.0,
 ) -> tuple[TrainState, StepMetrics]:
     """The second half of ``train_step``, from the sums over a batch and the gradient of the objective's sum."""
     tokens = jnp.maximum(sums.tokens, 1)
     grad_norm = optax.tree.norm(grads) / tokens
-    finite = jnp.isfinite(grad_norm) & jnp.isfinite(sums.nll)
+    good, health = judge(state.health, sums.nll / tokens, grad_norm, spike_factor)
     # Mean over tokens and clipping are one factor: the gradient is read once more, not three times.
     clip = jnp.minimum(1.0, clip_norm / grad_norm) if clip_norm else 1.0
     grads = jax.tree.map(lambda g: g * (clip / tokens).astype(g.dtype), grads)
@@ -101,11 +108,12 @@ def apply_gradient(
     updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
     params = jax.tree.map(lambda p, u: p - (rate * u).astype(p.dtype), state.params, updates)
     params, optimizer_state = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old), (params, optimizer_state), (state.params, state.optimizer)
+        lambda new, old: jnp.where(good, new, old), (params, optimizer_state), (state.params, state.optimizer)
     )
-    skipped = state.skipped + jnp.where(finite, 0, 1)
+    skipped = state.skipped + jnp.where(good, 0, 1)
     stats = jax.tree.map(lambda x: x / tokens, sums.stats)
-    return TrainState(params, optimizer_state, skipped), StepMetrics(sums.nll / tokens, grad_norm, stats, skipped)
+    metrics = StepMetrics(sums.nll / tokens, grad_norm, stats, skipped, health.bad_in_a_row)
+    return TrainState(params, optimizer_state, skipped, health), metrics
 
 
 def token_sum_gradient(
