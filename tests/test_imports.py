@@ -26,6 +26,7 @@ ALLOWED = {
     "configs": {"mmx.config"},
     "launch": {
         *("mmx", "mmx.bench", "mmx.config", "mmx.convert", "mmx.data", "mmx.parallel", "mmx.train", "mmx.generate"),
+        "mmx.plan",
     },
 }
 LOCAL = ("pallas_kernels", "mmx", "configs", "launch", "tests")

@@ -1,0 +1,157 @@
+"""A plan as a page of text."""
+
+from __future__ import annotations
+
+from mmx.plan import calibration
+from mmx.plan.memory import GiB, Memory
+from mmx.plan.report import DAY, LEAST_FREE, Part, Plan
+
+_MEMORY = {
+    "parameters": "parameters",
+    "optimizer": "optimizer state",
+    "batch": "batch and arguments' tiles",
+    "saved_activations": "activations kept for backward",
+    "gradients": "gradients",
+    "parameter_copies": "parameters in the compute dtype",
+    "working": "temporaries",
+}
+
+
+def page(plan: Plan) -> str:
+    """The page, without a line break at its end."""
+    sections = [_head(plan), _memory(plan), _parts(plan), _messages(plan), _time(plan), _honesty(plan)]
+    return "\n\n".join("\n".join(lines) for lines in sections if lines)
+
+
+def _head(plan: Plan) -> list[str]:
+    model, data, machine = plan.run.model, plan.run.data, plan.machine
+    kind = f"{machine.chips:,} chips" + (f", {machine.cores:,} TensorCores" if machine.cores != machine.chips else "")
+    mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1) or "one device"
+    micro = plan.run.train.micro_batches
+    return [
+        f"{plan.parameters:,} parameters on {machine.name}: {kind if machine.is_tpu else f'{machine.chips:,} GPUs'}",
+        f"mesh {mesh}; remat {model.remat}; {data.batch_size:,} rows of {data.sequence_length:,} tokens a step, "
+        f"{plan.tokens / 1e6:,.1f}M in all" + (f", in {micro} micro-batches" if micro > 1 else ""),
+        f"compiled by {plan.compiler} in {plan.compile_seconds:.0f} s"
+        if plan.compiler
+        else "NOT COMPILED: every figure below is a count on paper",
+        _verdict(plan),
+    ]
+
+
+def _verdict(plan: Plan) -> str:
+    used, available = plan.used / GiB, plan.memory_available / GiB
+    if plan.fits:
+        return f"It fits: {used:.1f} of {available:.1f} GiB, {plan.free:.0%} free."
+    if plan.free >= 0:
+        return f"Too tight: {used:.1f} of {available:.1f} GiB, {plan.free:.0%} free where {LEAST_FREE:.0%} are wanted."
+    return f"It does not fit: {used:.1f} of {available:.1f} GiB."
+
+
+def _memory(plan: Plan) -> list[str]:
+    lines = [f"Memory of a device, GiB{'':22}{'compiled':>10}{'counted':>10}"]
+    for name, title in _MEMORY.items():
+        lines.append(f"  {title:42}{_gib(plan.memory, name):>10}{_gib(plan.memory_counted, name):>10}")
+    totals = (f"{m.total / GiB:.2f}" if m else "" for m in (plan.memory, plan.memory_counted))
+    lines.append(f"  {'total':42}" + "".join(f"{total:>10}" for total in totals))
+    if plan.memory_counted.host or (plan.memory and plan.memory.host):
+        lines.append(
+            f"  {'in the memory of the host':42}{_gib(plan.memory, 'host'):>10}{_gib(plan.memory_counted, 'host'):>10}"
+        )
+    if plan.memory:
+        lines += _difference(plan)
+        lines.append("  largest arrays:")
+        lines += [
+            f"    {b.size / GiB:6.2f}  {b.type}, {b.where}"
+            + (f"; {b.padding / GiB:.2f} of it padding" if b.padding > 0.1 * b.size else "")
+            for b in plan.buffers
+        ]
+    return lines
+
+
+def _difference(plan: Plan) -> list[str]:
+    held = plan.memory.parameters + plan.memory.optimizer + plan.memory.batch
+    lost = plan.memory.total - max(plan.peak_live, held)
+    lines = [
+        f"  At the fullest moment {plan.peak_live / GiB:.1f} GiB are alive; {lost / GiB:.1f} GiB more lie between",
+        "  buffers and in code. The count knows neither, nor copies that the compiler makes.",
+    ]
+    if plan.padding and plan.padding > 0.01 * plan.memory.total:
+        lines.append(
+            f"  {plan.padding / GiB:.1f} GiB of gradients and copies are padding: a tile is 128 numbers wide, "
+            "their last dimension is not."
+        )
+    return lines
+
+
+def _gib(memory: Memory | None, name: str) -> str:
+    return "" if memory is None else f"{getattr(memory, name) / GiB:.2f}"
+
+
+def _parts(plan: Plan) -> list[str]:
+    header = f"{'':24}{'compute':>9}{'at peak':>9}{'HBM':>9}{'links':>9}{'waiting':>9}   limited by"
+    rows = lambda parts: [_part(name, p) for name, p in parts.items() if p.compute + p.waiting > 5e-5]  # noqa: E731
+    if plan.parts:
+        return ["A step of a device, seconds, from the schedule", header, *rows(plan.parts)]
+    return ["A step of a device, seconds, counted", header, *rows(plan.counted)]
+
+
+def _part(name: str, part: Part) -> str:
+    columns = (part.compute, part.matrix_units, part.hbm, part.links, part.waiting)
+    return f"  {name:22}" + "".join(f"{value:9.3f}" for value in columns) + f"   {part.limit}"
+
+
+def _messages(plan: Plan) -> list[str]:
+    if not plan.messages:
+        return []
+    lines = [
+        "What a device receives in a step",
+        f"  {'collective':20}{'along':22}{'times':>7}{'GB':>8}{'s':>8}{'waits':>8}{'overlaps':>9}  crosses",
+    ]
+    for m in plan.messages:
+        if m.bytes > 1e7:
+            lines.append(
+                f"  {m.kind:20}{m.axes:22}{m.times:7,}{m.bytes / 1e9:8.1f}{m.seconds:8.3f}{m.waiting:8.3f}"
+                f"{m.overlapped:9.0%}  {m.crosses}"
+            )
+    return lines
+
+
+def _time(plan: Plan) -> list[str]:
+    machine, devices = plan.machine, plan.machine.devices
+    lines = ["FLOPs of a device and step, TFLOP"]
+    lines.append(f"  the model's (no recomputation)        {plan.model_flops / devices / 1e12:12,.0f}")
+    if plan.program_flops:
+        lines.append(f"  the compiled program's, loops counted {plan.program_flops / 1e12:12,.0f}")
+        lines.append(f"  the compiler's, bodies counted once   {plan.compiler_flops / 1e12:12,.0f}")
+    seconds = plan.step_seconds
+    rate, unit = plan.tokens / seconds, "chip" if machine.is_tpu else "GPU"
+    source = "predicted from the schedule" if plan.seconds else "roofline of the counts, which no program reaches"
+    lines += [
+        "",
+        f"Step time {seconds:.2f} s ({source}; roofline of the counts {plan.counted_seconds:.2f} s)",
+        f"Predicted MFU {plan.predicted_mfu:.1%}, {rate:,.0f} tokens/s, {rate * DAY / 1e9:,.1f}B tokens a day, "
+        f"{rate / machine.chips:,.0f} tokens/s a {unit}",
+        f"The stage of {plan.steps:,} steps ({plan.steps * plan.tokens / 1e9:,.0f}B tokens): predicted "
+        f"{plan.stage_days(False):,.1f} days, {plan.stage_days(False) * 24 * machine.chips:,.0f} {unit}-hours",
+    ]
+    if plan.factor:
+        lines.append(
+            f"With the honesty factor {plan.factor:.2f}: MFU {plan.predicted_mfu * plan.factor:.1%}, step "
+            f"{seconds / plan.factor:.2f} s, {plan.stage_days(True):,.1f} days, "
+            f"{plan.stage_days(True) * 24 * machine.chips:,.0f} chip-hours"
+        )
+    return lines
+
+
+def _honesty(plan: Plan) -> list[str]:
+    if not plan.machine.is_tpu:
+        return ["No step of ours on GPUs has been held against published ones: there is no honesty factor."]
+    steps = calibration.honesty()
+    if not steps:
+        return ["No calibration yet: python -m launch.plan --calibrate"]
+    return ["Honesty: the same predictor on steps of ours in the shapes of models that MaxText trains on v5p"] + [
+        f"  {s['name']:14} {s['topology']}: predicted MFU {s['predicted_mfu']:.1%}, MaxText published "
+        f"{s['published_mfu']:.1%}, ratio {s['ratio']:.2f}"
+        for s in steps
+    ]
