@@ -1,10 +1,10 @@
 """How honest the predictions are: the same predictor on training steps whose speed others published.
 
 Two steps of ours in the shapes of models that MaxText trains on v5p, beside the MFU that it reports for them
-(github.com/AI-Hypercomputer/maxtext, the page on tiering; 2025). The programs are ours: our model with softmax attention
-in every layer and pre-norm residuals, our sharding, full rematerialisation. So the ratio holds all that lies between a
-prediction of ours and a measurement of theirs: the predictor's optimism, and the difference between the programs. The
-dense model is ours with one expert that every token goes to.
+(github.com/AI-Hypercomputer/maxtext, the page on tiering; 2025). The programs are ours: our model with softmax
+attention in every layer and pre-norm residuals, our sharding, full rematerialisation. So the ratio holds all that lies
+between a prediction of ours and a measurement of theirs: the predictor's optimism, and the difference between the
+programs. The dense model is ours with one expert that every token goes to.
 
 ``calibration.json`` holds what ``python -m launch.plan --calibrate`` found.
 """

@@ -1,8 +1,8 @@
 """What a device's memory holds in a training step: read from the compiled program, and counted on paper.
 
 From the program: what the step is called with is exact. Of its temporaries, what the scan over layers leaves for the
-backward pass, what it gathers of gradients, and copies of the whole parameters are arrays that its loops carry; the rest
-is the work of one layer, the head, and what the allocator loses between buffers.
+backward pass, what it gathers of gradients, and copies of the whole parameters are arrays that its loops carry; the
+rest is the work of one layer, the head, and what the allocator loses between buffers.
 
 On paper: the same, without tiles and without the compiler's own copies.
 """
