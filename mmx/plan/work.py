@@ -136,7 +136,7 @@ def _fusion_bytes(inside: list[Instruction], instruction: Instruction) -> float:
         if i.operation == "dynamic-update-slice" and len(i.operands) > 1:
             in_place.add(i.operands[0])
             update = names.get(i.operands[1])
-            total += 2 * _hbm(update.result) if update else 0.0
+            total += _hbm(update.result) if update else 0.0
     for parameter in (i for i in inside if i.operation == "parameter"):
         if parameter.name in in_place:
             continue
