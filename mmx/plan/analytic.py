@@ -68,8 +68,11 @@ def count_step(run: Run, machine: Machine) -> dict[str, PartCount]:
     per_token = tokens * width
     head_bytes = model.vocab_size * D / tensor * width
     heads_width = H * K
-    lasp = 2 * (passes - 1) * lightning * (run.data.batch_size * context / devices) * H * K * K * 4 * 2
-    ring = softmax * tokens * 2 * G * K * (context - 1) / max(1, tensor) * ((passes - 2) * width + width + 4)
+    # States of all slices (two a rank in the zigzag layout), fp32, of the device's rows and heads.
+    rows_here = run.data.batch_size * context * tensor / devices
+    lasp = (passes - 1) * lightning * rows_here * 2 * (context - 1) * H / tensor * K * K * 4
+    # Keys and values in each pass, their gradients in fp32 backward: tensor times the tokens, one head in tensor.
+    ring = softmax * tokens * 2 * G * K * (context - 1) * ((passes - 1) * width + 4)
     tensor_moves = 2 * passes * per_token * D * (tensor - 1) * layers
 
     def attention(kinds: int, parameters: int, mixing: float, channels: float, messages: float) -> PartCount:

@@ -39,6 +39,7 @@ class Memory:
     gradients: float
     parameter_copies: float  # casts of all parameters at once
     working: float  # everything else
+    cache: float = 0.0  # of generation: states, keys and values
     host: float = 0.0  # in the host's memory, for one device
 
     @property
@@ -77,6 +78,15 @@ def compiled_memory(compiled: jax.stages.Compiled, program: Program, state: Trai
         working=temporaries + stats.generated_code_size_in_bytes - saved - gradients - copies,
         host=stats.host_temp_size_in_bytes + stats.host_argument_size_in_bytes,
     )
+
+
+def generation_memory(compiled: jax.stages.Compiled, params: Any, cache: Any) -> Memory:
+    """What the compiler lays out for a prefill or a decoding step, from what it takes or leaves by shape."""
+    stats = compiled.memory_analysis()
+    held, kept = device_bytes(params), device_bytes(cache)
+    everything = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+    temporaries = stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
+    return Memory(held, 0.0, max(0.0, everything - held - kept), 0.0, 0.0, 0.0, temporaries, cache=kept)
 
 
 def carried(program: Program) -> tuple[list[Array], list[Array], list[Array]]:
@@ -142,7 +152,7 @@ def analytic_memory(run: Run, num_devices: int) -> Memory:
         hidden = model.experts_per_token * max(1.0, model.capacity_factor) * 3 * model.expert_hidden_size
         per_layer = tokens * (6 * D + hidden / sizes["expert_tensor"]) + attention_tokens * 6 * H * K
         saved += model.num_layers * per_layer * width
-    parameters = _parameter_bytes(dataclasses.replace(model), tuple(sizes.items()))
+    parameters = parameter_bytes(model, sizes)
     gradients = parameters * (2 if run.train.micro_batches > 1 else 1)
 
     # One layer's weights, gathered, and their gradients before they are scattered.
@@ -169,16 +179,14 @@ def analytic_memory(run: Run, num_devices: int) -> Memory:
     )
 
 
-@functools.cache
-def _parameter_bytes(model: ModelConfig, sizes: tuple[tuple[str, int], ...]) -> float:
+def parameter_bytes(model: ModelConfig, ways: dict[str, int]) -> float:
     """Bytes of one device's part of the parameters on a mesh of these axes."""
-    ways = dict(sizes)
 
     def part(shape: jax.ShapeDtypeStruct, spec: jax.P) -> float:
         axes = [axis for entry in spec if entry for axis in ((entry,) if isinstance(entry, str) else entry)]
         return math.prod(shape.shape) * shape.dtype.itemsize / math.prod(ways[axis] for axis in axes)
 
-    shapes, specs = _shapes_and_specs(model)
+    shapes, specs = _shapes_and_specs(dataclasses.replace(model))
     return sum(map(part, shapes, specs))
 
 

@@ -13,6 +13,7 @@ _MEMORY = {
     "saved_activations": "activations kept for backward",
     "gradients": "gradients",
     "parameter_copies": "parameters in the compute dtype",
+    "cache": "states, keys and values",
     "working": "temporaries",
 }
 
@@ -28,10 +29,15 @@ def _head(plan: Plan) -> list[str]:
     kind = f"{machine.chips:,} chips" + (f", {machine.cores:,} TensorCores" if machine.cores != machine.chips else "")
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1) or "one device"
     micro = plan.run.train.micro_batches
+    what = {
+        "train": f"a step of {data.batch_size:,} rows of {data.sequence_length:,} tokens, {plan.tokens / 1e6:,.1f}M in "
+        f"all; remat {model.remat}" + (f"; {micro} micro-batches" if micro > 1 else ""),
+        "prefill": f"prefill of {data.batch_size:,} prompts of {data.sequence_length:,} tokens",
+        "decode": f"one token of {data.batch_size:,} rows after {data.sequence_length - 1:,} tokens",
+    }
     return [
         f"{plan.parameters:,} parameters on {machine.name}: {kind if machine.is_tpu else f'{machine.chips:,} GPUs'}",
-        f"mesh {mesh}; remat {model.remat}; {data.batch_size:,} rows of {data.sequence_length:,} tokens a step, "
-        f"{plan.tokens / 1e6:,.1f}M in all" + (f", in {micro} micro-batches" if micro > 1 else ""),
+        f"{what[plan.work]}; mesh {mesh}",
         f"compiled by {plan.compiler} in {plan.compile_seconds:.0f} s"
         if plan.compiler
         else "NOT COMPILED: every figure below is a count on paper",
@@ -51,6 +57,8 @@ def _verdict(plan: Plan) -> str:
 def _memory(plan: Plan) -> list[str]:
     lines = [f"Memory of a device, GiB{'':22}{'compiled':>10}{'counted':>10}"]
     for name, title in _MEMORY.items():
+        if not any(getattr(m, name) for m in (plan.memory, plan.memory_counted) if m):
+            continue
         lines.append(f"  {title:42}{_gib(plan.memory, name):>10}{_gib(plan.memory_counted, name):>10}")
     totals = (f"{m.total / GiB:.2f}" if m else "" for m in (plan.memory, plan.memory_counted))
     lines.append(f"  {'total':42}" + "".join(f"{total:>10}" for total in totals))
@@ -129,12 +137,16 @@ def _time(plan: Plan) -> list[str]:
     source = "predicted from the schedule" if plan.seconds else "roofline of the counts, which no program reaches"
     lines += [
         "",
-        f"Step time {seconds:.2f} s ({source}; roofline of the counts {plan.counted_seconds:.2f} s)",
+        f"Step time {_duration(seconds)} ({source}; roofline of the counts {_duration(plan.counted_seconds)})",
         f"Predicted MFU {plan.predicted_mfu:.1%}, {rate:,.0f} tokens/s, {rate * DAY / 1e9:,.1f}B tokens a day, "
         f"{rate / machine.chips:,.0f} tokens/s a {unit}",
-        f"The stage of {plan.steps:,} steps ({plan.steps * plan.tokens / 1e9:,.0f}B tokens): predicted "
-        f"{plan.stage_days(False):,.1f} days, {plan.stage_days(False) * 24 * machine.chips:,.0f} {unit}-hours",
     ]
+    if plan.work != "train":
+        return lines
+    lines.append(
+        f"The stage of {plan.steps:,} steps ({plan.steps * plan.tokens / 1e9:,.0f}B tokens): predicted "
+        f"{plan.stage_days(False):,.1f} days, {plan.stage_days(False) * 24 * machine.chips:,.0f} {unit}-hours"
+    )
     if plan.factor:
         lines.append(
             f"With the honesty factor {plan.factor:.2f}: MFU {plan.predicted_mfu * plan.factor:.1%}, step "
@@ -142,6 +154,10 @@ def _time(plan: Plan) -> list[str]:
             f"{plan.stage_days(True) * 24 * machine.chips:,.0f} chip-hours"
         )
     return lines
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.2f} ms"
 
 
 def _honesty(plan: Plan) -> list[str]:

@@ -69,6 +69,7 @@ class Plan:
     memory_counted: Memory
     counted_seconds: float  # roofline of the counts
     counted: dict[str, Part]
+    work: str = "train"  # or "prefill", or "decode"
     compiler: str | None = None
     compile_seconds: float | None = None
     memory: Memory | None = None
@@ -129,10 +130,11 @@ class Plan:
             "predicted_step_seconds": self.step_seconds,
             "predicted_mfu": self.predicted_mfu,
             "predicted_tokens_per_day": self.tokens / self.step_seconds * DAY,
-            "predicted_stage_days": self.stage_days(False),
-            "predicted_stage_chip_hours": self.stage_days(False) * 24 * self.machine.chips,
             "calibration": calibration.honesty(),
         }
+        if self.work == "train":
+            derived["predicted_stage_days"] = self.stage_days(False)
+            derived["predicted_stage_chip_hours"] = self.stage_days(False) * 24 * self.machine.chips
         return {"compiled": self.memory is not None, **derived, **plain}
 
 
@@ -168,6 +170,29 @@ def compiled_plan(run: Run, machine: Machine, say: Callable[[str], None] = lambd
         than a device has: with the largest buffers and where they come from.
     """
     plan = counted_plan(run, machine)
+
+    def build(mesh: jax.sharding.Mesh) -> tuple[jax.stages.Compiled, Callable[[Program], Memory]]:
+        compiled = compile_train_step(run, mesh)
+        return compiled, lambda program: compiled_memory(compiled, program, state_on(run, mesh))
+
+    return compiled_on(plan, build, say)
+
+
+def compiled_on(
+    plan: Plan,
+    build: Callable[[jax.sharding.Mesh], tuple[jax.stages.Compiled, Callable[[Program], Memory]]],
+    say: Callable[[str], None],
+) -> Plan:
+    """Completes a plan by compiling.
+
+    Args:
+      plan: with everything that needs no compiler.
+      build: compiles on a mesh and returns the program and what tells its memory apart.
+
+    Raises:
+      ConfigError: as ``compiled_plan``.
+    """
+    run, machine = plan.run, plan.machine
     devices = topology_devices(machine.name)
     if len(devices) != machine.devices:
         raise ConfigError(f"libtpu gives {machine.name!r} {len(devices)} devices where {machine.devices} were expected")
@@ -175,20 +200,19 @@ def compiled_plan(run: Run, machine: Machine, say: Callable[[str], None] = lambd
     say(f"compiling for {machine.name} with libtpu {compiler_version()}; a large model takes one to three minutes")
     started = time.perf_counter()
     try:
-        compiled = compile_train_step(run, mesh)
+        compiled, memory = build(mesh)
     except Exception as error:
         raise _explained(error, machine) from error
     plan.compile_seconds = time.perf_counter() - started
     plan.compiler = f"libtpu {compiler_version()}, jax {jax.__version__}"
     program = parse(compiled.as_text())
-    plan.memory = compiled_memory(compiled, program, state_on(run, mesh))
+    plan.memory = memory(program)
     plan.peak_live = float(compiled.memory_analysis().peak_memory_in_bytes)
     _, gradients, copies = carried(program)
     plan.padding = float(sum(a.padded_size - a.size for a in (*gradients, *copies)))
     plan.buffers = largest_buffers(program, 8)
     plan.compiler_flops = _compiler_flops(compiled)
-    schedule = schedule_of(program, run, machine, mesh)
-    _take_schedule(plan, schedule)
+    _take_schedule(plan, schedule_of(program, run, machine, mesh))
     return plan
 
 
