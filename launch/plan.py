@@ -4,11 +4,9 @@
   python -m launch.plan --config=configs/plans/extend_1m.py --topology=v5p:8x8x16 --output=json
   python -m launch.plan --config=configs/text_1b.py --topology=h100:8 --config.mesh.fsdp=8
   python -m launch.plan --config=configs/minimax_text_01.py --topology=v5p:8x8x16 --search
-  python -m launch.plan --config=configs/minimax_text_01.py --topology=v5p:4x4x4 --work=prefill \
-    --config.model.param_dtype=bfloat16 --config.mesh.expert=8 --config.mesh.tensor=8 --config.mesh.fsdp=1 \
-    --config.data.batch_size=8 --config.data.sequence_length=131072
+  python -m launch.plan --config=configs/plans/prefill_128k.py --topology=v5p:4x4x4 --work=prefill
   python -m launch.plan --config=configs/quickstart.py --topology=here
-  python -m launch.plan --stages
+  python -m launch.plan --stages=all
   python -m launch.plan --calibrate
 
 On TPU the real training step is compiled (pip install -e '.[tpu]'; minutes and some gigabytes for the 456B model): does
@@ -46,7 +44,7 @@ _COMPILE = flags.DEFINE_bool("compile", True, "Compile the step; --nocompile cou
 _SEARCH = flags.DEFINE_bool("search", False, "Try meshes, batch sizes and remat policies; print the best few.")
 _BEST = flags.DEFINE_integer("best", 5, "How many to print.", lower_bound=1)
 _COMPILE_BEST = flags.DEFINE_integer("compile_best", 0, "How many of the best to compile.", lower_bound=0)
-_STAGES = flags.DEFINE_bool("stages", False, "Compile the plans of the report's stages anew; print README's table.")
+_STAGES = flags.DEFINE_list("stages", [], "Stages' plans to compile anew, or all; prints README's table.")
 _CALIBRATE = flags.DEFINE_bool("calibrate", False, "Renew the honesty factor: two compilations, some minutes.")
 
 
@@ -113,7 +111,7 @@ def _compare(config: Run) -> None:
 def _stages() -> None:
     from mmx.plan.stages import compile_stages, table
 
-    compile_stages(_note)
+    compile_stages(_STAGES.value, _note)
     print(table())
 
 

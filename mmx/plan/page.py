@@ -134,10 +134,11 @@ def _time(plan: Plan) -> list[str]:
         lines.append(f"  the compiler's, bodies counted once   {plan.compiler_flops / 1e12:12,.0f}")
     seconds = plan.step_seconds
     rate, unit = plan.tokens / seconds, "chip" if machine.is_tpu else "GPU"
-    source = "predicted from the schedule" if plan.seconds else "roofline of the counts, which no program reaches"
+    counted = f"roofline of the counts {_duration(plan.counted_seconds)}"
+    source = f"predicted from the schedule; {counted}" if plan.seconds else "counted; no program reaches it"
     lines += [
         "",
-        f"Step time {_duration(seconds)} ({source}; roofline of the counts {_duration(plan.counted_seconds)})",
+        f"Step time {_duration(seconds)} ({source})",
         f"Predicted MFU {plan.predicted_mfu:.1%}, {rate:,.0f} tokens/s, {rate * DAY / 1e9:,.1f}B tokens a day, "
         f"{rate / machine.chips:,.0f} tokens/s a {unit}",
     ]

@@ -202,7 +202,7 @@ def compiled_on(
     try:
         compiled, memory = build(mesh)
     except Exception as error:
-        raise _explained(error, machine) from error
+        raise one_sentence(error, machine) from error
     plan.compile_seconds = time.perf_counter() - started
     plan.compiler = f"libtpu {compiler_version()}, jax {jax.__version__}"
     program = parse(compiled.as_text())
@@ -272,7 +272,7 @@ def _compiler_flops(compiled: jax.stages.Compiled) -> float | None:
     return None if not analysis else float(analysis.get("flops", 0.0))
 
 
-def _explained(error: Exception, machine: Machine) -> Exception:
+def one_sentence(error: Exception, machine: Machine) -> Exception:
     """A compiler's message that the program does not fit, as one sentence; any other error as it is."""
     message = str(error)
     if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import configs.plans
-from mmx.config import Run, to_dict
+from mmx.config import ConfigError, Run, nearest, to_dict
 from mmx.plan.machine import parse_machine
 from mmx.plan.report import compiled_plan
 
@@ -37,9 +37,17 @@ def stage(name: str) -> tuple[str, Run]:
     return module.TOPOLOGY, module.get_config()
 
 
-def compile_stages(say: Callable[[str], None]) -> None:
-    """Compiles every stage and renews the record; minutes each."""
-    for name in STAGES:
+def compile_stages(names: Sequence[str], say: Callable[[str], None]) -> None:
+    """Compiles stages, or "all", and renews their record; minutes each.
+
+    Raises:
+      ConfigError: for a name that is no stage's.
+    """
+    names = STAGES if "all" in names else names
+    for name in names:
+        if name not in STAGES:
+            raise ConfigError(f"--stages: there is no stage {name!r}{nearest(name, STAGES)}")
+    for name in names:
         say(name)
         topology, run = stage(name)
         plan = compiled_plan(run, parse_machine(topology), say).to_dict()
@@ -60,6 +68,17 @@ def shape_of(name: str) -> dict[str, Any]:
     model = values["model"] | {"layer_pattern": " ".join(f"{kind[0]}" for kind in values["model"]["layer_pattern"])}
     shape = {"data": data, "model": model, "mesh": values["mesh"], "micro_batches": run.train.micro_batches}
     return {"topology": topology, **shape}
+
+
+def unchanged(name: str) -> bool:
+    """Whether a stage is what its record was made of; fields that came later have their defaults in it."""
+
+    def agrees(kept: Any, now: Any) -> bool:
+        if isinstance(kept, dict):
+            return all(key in now and agrees(value, now[key]) for key, value in kept.items())
+        return kept == now
+
+    return agrees(record()[name]["config"], shape_of(name))
 
 
 def table() -> str:
