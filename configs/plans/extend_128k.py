@@ -13,7 +13,7 @@ def get_config() -> Run:
     """128 rows of 131,072 tokens a step."""
     run = minimax_text_01.get_config()
     run.model.rope_base = 5_000_000.0
-    run.mesh = MeshConfig(fsdp=4, expert=32, context=8)
+    run.mesh = MeshConfig(fsdp=4, expert=32, tensor=8)
     run.data.sequence_length, run.data.batch_size = 131_072, 128
     run.train.steps = 17_881
     return run

@@ -75,7 +75,7 @@ def honesty() -> list[dict]:
 
 
 def factor() -> float | None:
-    """By what predictions are to be multiplied: the mean ratio of published to predicted MFU."""
+    """The mean ratio of published to predicted MFU: below 1 the predictor promises too much, above 1 too little."""
     ratios = [step["ratio"] for step in honesty()]
     return sum(ratios) / len(ratios) if ratios else None
 

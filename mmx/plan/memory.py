@@ -2,7 +2,8 @@
 
 From the program: what the step is called with is exact. Of its temporaries, what the scan over layers leaves for the
 backward pass, what it gathers of gradients, and copies of the whole parameters are arrays that its loops carry; the
-rest is the work of one layer, the head, and what the allocator loses between buffers.
+rest is the work of one layer and the head. The compiler's sum of temporaries counts some places more than once, so that
+the total is an upper bound: a step whose sum is 103 GiB, 73 of them alive at once, compiles for a device of 95.7.
 
 On paper: the same, without tiles and without the compiler's own copies.
 """
@@ -20,7 +21,7 @@ from jax.sharding import Mesh
 
 from mmx.config import LIGHTNING, ModelConfig, Run
 from mmx.model.text import init_params, parameter_specs
-from mmx.plan.hlo import Array, Instruction, Program, arrays
+from mmx.plan.hlo import Array, Instruction, Program, arrays, project_path
 from mmx.train.optimizer import build_optimizer
 from mmx.train.step import TrainState, abstract_state
 
@@ -239,10 +240,7 @@ def _place(program: Program, instruction: Instruction) -> str:
     if not known:
         return instruction.operation
     file, line = known[0]
-    for root in ("/pallas_kernels/", "/mmx/"):
-        if root in file:
-            file = root[1:] + file.rpartition(root)[2]
-    return f"{file}:{line} ({instruction.operation})"
+    return f"{project_path(file)}:{line} ({instruction.operation})"
 
 
 def _periods(pattern: tuple[str, ...]) -> int:

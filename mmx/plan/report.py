@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +18,7 @@ from mmx.plan.kernels import kernel_seconds
 from mmx.plan.links import Torus
 from mmx.plan.machine import Machine
 from mmx.plan.memory import Memory, analytic_memory, carried, compiled_memory, largest_buffers, state_on
+from mmx.plan.out_of_memory import one_sentence
 from mmx.plan.schedule import Schedule, play
 from mmx.plan.topology import compile_train_step, topology_devices
 from pallas_kernels.aot.compile import compiler_version
@@ -73,7 +73,7 @@ class Plan:
     compiler: str | None = None
     compile_seconds: float | None = None
     memory: Memory | None = None
-    peak_live: float | None = None  # bytes that are alive at once; the rest of the temporaries is lost between buffers
+    peak_live: float | None = None  # bytes that are alive at the fullest moment
     padding: float | None = None  # bytes of the carried arrays that are no numbers
     buffers: list[Any] = dataclasses.field(default_factory=list)
     program_flops: float | None = None  # one device, loops counted as often as they turn
@@ -81,7 +81,6 @@ class Plan:
     seconds: float | None = None  # predicted by the schedule
     parts: dict[str, Part] = dataclasses.field(default_factory=dict)
     messages: list[Message] = dataclasses.field(default_factory=list)
-    factor: float | None = None  # published over predicted MFU of the calibration
 
     @property
     def used(self) -> float:
@@ -113,10 +112,10 @@ class Plan:
         """Of the whole stage."""
         return self.run.train.steps
 
-    def stage_days(self, honest: bool) -> float:
-        """Days that the stage takes on this machine; honest: divided by the calibration's factor."""
-        factor = self.factor if honest and self.factor else 1.0
-        return self.steps * self.step_seconds / factor / DAY
+    @property
+    def stage_days(self) -> float:
+        """Days that the stage takes on this machine."""
+        return self.steps * self.step_seconds / DAY
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: the fields and what follows from them."""
@@ -133,8 +132,8 @@ class Plan:
             "calibration": calibration.honesty(),
         }
         if self.work == "train":
-            derived["predicted_stage_days"] = self.stage_days(False)
-            derived["predicted_stage_chip_hours"] = self.stage_days(False) * 24 * self.machine.chips
+            derived["predicted_stage_days"] = self.stage_days
+            derived["predicted_stage_chip_hours"] = self.stage_days * 24 * self.machine.chips
         return {"compiled": self.memory is not None, **derived, **plain}
 
 
@@ -158,7 +157,6 @@ def counted_plan(run: Run, machine: Machine) -> Plan:
         memory_counted=analytic_memory(run, machine.devices),
         counted_seconds=roofline_seconds(parts, machine),
         counted={name: _counted_part(name, part, parts, machine) for name, part in parts.items()},
-        factor=calibration.factor() if machine.is_tpu else None,
     )
 
 
@@ -202,7 +200,7 @@ def compiled_on(
     try:
         compiled, memory = build(mesh)
     except Exception as error:
-        raise one_sentence(error, machine) from error
+        raise one_sentence(error, machine, plan.memory_counted) from error
     plan.compile_seconds = time.perf_counter() - started
     plan.compiler = f"libtpu {compiler_version()}, jax {jax.__version__}"
     program = parse(compiled.as_text())
@@ -270,34 +268,3 @@ def _compiler_flops(compiled: jax.stages.Compiled) -> float | None:
     analysis = compiled.cost_analysis()
     analysis = analysis[0] if isinstance(analysis, list) else analysis
     return None if not analysis else float(analysis.get("flops", 0.0))
-
-
-def one_sentence(error: Exception, machine: Machine) -> Exception:
-    """A compiler's message that the program does not fit, as one sentence; any other error as it is."""
-    message = str(error)
-    if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
-        return error
-    sizes = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", message) or re.search(
-        r"\(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)", message
-    )
-    needs = f"needs {sizes[1]}iB of {sizes[2]}iB" if sizes else "does not fit"
-    buffers = []
-    for entry in re.split(r"\n\s*\d+\. Size: ", message)[1:]:
-        size = entry.split()[0]
-        shape = re.search(r"Shape: (\w+\[[\d,]*\])", entry)
-        source = re.search(r'source_file="([^"]*)" source_line=(\d+)', entry)
-        name = re.search(r'op_name="([^"]*)"', entry)
-        where = f"{_ours(source[1])}:{source[2]}" if source else (name[1].rpartition("/")[2] if name else "unknown")
-        buffers.append(f"{shape[1] if shape else 'a buffer'} of {size}iB from {where}")
-    largest = "; the largest buffers are " + ", ".join(buffers[:3]) if buffers else ""
-    return ConfigError(
-        f"out of memory: a device of {machine.name} {needs}{largest}: use more devices, split rows over mesh.context, "
-        "raise train.micro_batches, or take another model.remat"
-    )
-
-
-def _ours(file: str) -> str:
-    for root in ("/pallas_kernels/", "/mmx/"):
-        if root in file:
-            return root[1:] + file.rpartition(root)[2]
-    return file

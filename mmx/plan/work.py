@@ -2,7 +2,7 @@
 
 Kernels say nothing of themselves in the program. Theirs is counted from their operands, as if every row were one
 document: lightning attention as the tokens and heads that it works on, splash attention by the causal half of its
-pairs, megablox by all of its rows.
+pairs, megablox by all the rows of its buffer, of which a dropless exchange may leave most empty.
 """
 
 from __future__ import annotations

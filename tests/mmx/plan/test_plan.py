@@ -1,4 +1,4 @@
-"""Plans: of the report's stages, which must go on fitting, of GPUs, of searches, and what is said when nothing works."""
+"""Plans: of the report's stages, which must go on fitting, of GPUs, searches, and what is said when nothing works."""
 
 import dataclasses
 import json
@@ -10,15 +10,16 @@ from configs import text_1b
 from mmx.config import HYBRID_PERIOD, ConfigError, DataConfig, MeshConfig, ModelConfig, Run
 from mmx.plan import calibration
 from mmx.plan.machine import parse_machine
+from mmx.plan.out_of_memory import one_sentence
 from mmx.plan.page import page
-from mmx.plan.report import LEAST_FREE, compiled_plan, counted_plan, one_sentence
+from mmx.plan.report import LEAST_FREE, compiled_plan, counted_plan
 from mmx.plan.search import lines, search
 from mmx.plan.stages import STAGES, record, stage, table, unchanged
 
 README = (Path(__file__).parents[3] / "README.md").read_text()
 GiB = 2**30
-# What each stage may take of a v5p's 95.7 GiB, as the compiler lays it out: what it takes, and 2 GiB.
-CEILINGS = {"pretrain_8k": 58, "extend_128k": 60, "extend_512k": 60, "extend_1m": 60, "sft_1m": 62}
+# What each stage may take of a v5p's 95.7 GiB, as the compiler lays it out: what it takes, and 2 to 3 GiB.
+CEILINGS = {"pretrain_8k": 59, "extend_128k": 54, "extend_512k": 60, "extend_1m": 59, "sft_1m": 67}
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -91,7 +92,9 @@ def test_count_and_compiler_agree_on_flops_and_state():
     exchange = [m for m in plan.messages if m.kind == "all-to-all"]
     assert {m.axes for m in exchange} == {"expert"}
     read = json.loads(json.dumps(plan.to_dict()))
-    assert read["compiled"] and read["fits"] and read["predicted_step_seconds"] > 0
+    assert read["compiled"]
+    assert read["fits"]
+    assert read["predicted_step_seconds"] > 0
 
 
 def test_gpus_are_counted_and_say_so():
@@ -130,17 +133,54 @@ def test_honesty_is_printed_with_every_prediction():
     for step in steps.values():
         assert step["ratio"] == pytest.approx(step["published_mfu"] / step["predicted_mfu"], abs=1e-3)
     plan = counted_plan(small(), parse_machine("v5p:2x2x2"))
-    assert f"honesty factor {calibration.factor():.2f}" in page(plan)
+    assert f"Honesty factor {calibration.factor():.2f}" in page(plan)
+
+
+# As the compiler writes it, shortened.
+OUT_OF_MEMORY = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 17.38G of 15.75G hbm. Exceeded hbm capacity by 1.63G.
+
+Total hbm usage >= 17.90G:
+    reserved        530.00M
+    program          13.05G
+
+  Largest program allocations in hbm:
+
+  1. Size: 4.58G
+     Operator: op_name="jit(train_step)/jvp()/shard_map/while" source_file="/any/pallas_kernels/cross_entropy/blocked.py" source_line=46
+     Shape: f32[200064,6144]{1,0:T(8,128)}
+     Unpadded size: 4.58G
+     XLA label: fusion.1
+     ==========================
+
+  2. Size: 2.29G
+     Operator: op_name="jit(train_step)/jvp()/gather" source_file="/any/mmx/model/text.py" source_line=231
+     Shape: bf16[200064,6144]{1,0:T(8,128)(2,1)}
+     ==========================
+
+  3. Size: 1.31G
+     Operator: op_name="jit(train_step)/jvp()/while"
+     Shape: bf16[7,2,8192,6144]{3,2,1,0:T(8,128)(2,1)}
+     ==========================
+
+  4. Size: 1.00G
+     Shape: f32[1,32768,8192]{2,1,0:T(8,128)}
+"""  # noqa: E501
 
 
 def test_out_of_memory_is_one_sentence():
-    message = OUT_OF_MEMORY
-    sentence = str(one_sentence(RuntimeError(message), parse_machine("v5p:4x4x4")))
-    assert "\n" not in sentence
-    assert sentence.startswith("out of memory: a device of v5p:4x4x4 needs ")
-    assert sentence.count(" from ") == 3
+    plan = counted_plan(small(), parse_machine("v5p:2x2x2"))
+    sentence = str(one_sentence(RuntimeError(OUT_OF_MEMORY), plan.machine, plan.memory_counted))
+    assert sentence.startswith(
+        "out of memory: a device of v5p:2x2x2 needs 17.38GiB and has 15.75GiB; the largest buffers are "
+        "f32[200064,6144] of 4.58GiB from pallas_kernels/cross_entropy/blocked.py:46, "
+        "bf16[200064,6144] of 2.29GiB from mmx/model/text.py:231, "
+        "bf16[7,2,8192,6144] of 1.31GiB from while: use more devices"
+    )
+    early = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (137.53G) exceeds "
+        "available HBM (95.74G)."
+    )
+    sentence = str(one_sentence(RuntimeError(early), plan.machine, plan.memory_counted))
+    assert "needs 137.53GiB and has 95.74GiB; the compiler lists no buffers, on paper" in sentence
     other = ValueError("something else")
-    assert one_sentence(other, parse_machine("v5p:4x4x4")) is other
-
-
-OUT_OF_MEMORY = """"""
+    assert one_sentence(other, plan.machine, plan.memory_counted) is other
