@@ -165,8 +165,8 @@ def _honesty(plan: Plan) -> list[str]:
         return ["No calibration yet: python -m launch.plan --calibrate"]
     return [
         f"Honesty factor {calibration.factor():.2f}: published over predicted MFU, for steps of ours in the shapes of",
-        "models that MaxText trains on v5p. Nothing above is multiplied by it: ours recompute every layer, which bounds MFU",
-        "by 75%, and theirs will recompute less.",
+        "models that MaxText trains on v5p. Nothing above is multiplied by it: ours recompute every layer, which",
+        "bounds MFU by 75%, and theirs will recompute less.",
     ] + [
         f"  {s['name']:14} {s['topology']}: predicted MFU {s['predicted_mfu']:.1%}, MaxText published "
         f"{s['published_mfu']:.1%}, ratio {s['ratio']:.2f}"

@@ -14,10 +14,10 @@ matplotlib.use("Agg")  # There may be no screen.
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-_COLOURS = ("#1f5fa8", "#5b8fc9", "#a9c4e4", "#d1495b", "#e8949f", "#c9a227", "#6b7280")
+_COLOURS = ("#1f5fa8", "#5b8fc9", "#a9c4e4", "#d1495b", "#e8949f", "#c9a227", "#6b7280", "#2a9d8f")
 # Devices that serve one prompt in the picture of prefill: the report's Fig. 2 has eight.
 _PREFILL_DEVICES = 8
-_LENGTHS = [2**n for n in range(13, 21)]
+_LENGTHS = [2**13 * n for n in range(1, 129)]
 
 
 def draw(plan: Plan, folder: Path) -> list[Path]:
