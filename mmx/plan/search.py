@@ -112,15 +112,14 @@ def _why(winner: Candidate, loser: Candidate) -> str:
         return f"{theirs.free:.0%} of the memory free"
     slower = _seconds_per_token(loser) / _seconds_per_token(winner) - 1
     pairs = (theirs.parts, ours.parts) if theirs.parts and ours.parts else (theirs.counted, ours.counted)
-    more = {
-        name: (part.compute + part.waiting) / theirs.tokens
-        - ((pairs[1][name].compute + pairs[1][name].waiting) / ours.tokens if name in pairs[1] else 0.0)
-        for name, part in pairs[0].items()
-    }
-    worst = max(more, key=more.get)
+    more = {}
+    for name, part in pairs[0].items():
+        other = pairs[1].get(name)
+        for field, what in (("compute", f"in {name}"), ("waiting", f"waiting for the messages of {name}")):
+            more[what] = getattr(part, field) / theirs.tokens - (getattr(other, field) / ours.tokens if other else 0.0)
     if slower < 5e-4:
         return "as fast; " + (f"{theirs.used / 2**30:.0f} GiB where the first needs {ours.used / 2**30:.0f}")
-    return f"{slower:.1%} slower, most of it in {worst} ({pairs[0][worst].limit})"
+    return f"{slower:.1%} slower, most of it {max(more, key=more.get)}"
 
 
 def lines(found: list[Candidate], lost: dict[str, int]) -> list[str]:
