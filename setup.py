@@ -12,8 +12,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["mmx", "mmx.*", "pallas_kernels", "pallas_kernels.*", "launch", "configs"]),
-    package_data={"pallas_kernels": ["*/*.json"], "mmx": ["pod/*.json"]},
+    packages=find_packages(
+        include=["mmx", "mmx.*", "pallas_kernels", "pallas_kernels.*", "launch", "configs", "configs.*"]
+    ),
+    package_data={"pallas_kernels": ["*/*.json"], "mmx": ["pod/*.json", "plan/*.json"]},
     install_requires=[
         "jax>=0.10.2,<0.11.1; python_version < '3.12'",
         "flax>=0.12.8,<0.12.9; python_version < '3.12'",

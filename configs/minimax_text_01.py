@@ -5,7 +5,7 @@
 then 3.2T at 1.3e-4, then 1T of decay). The report's batch grows from 16M tokens to 32M, 64M and 128M as the loss falls;
 this recipe has 16M throughout.
 
-  python -m launch.pretrain --config=configs/minimax_text_01.py --workdir=/shared/runs/text_01 --config.mesh.fsdp=-1
+  python -m launch.pretrain --config=configs/minimax_text_01.py --workdir=/shared/runs/text_01
 """
 
 from mmx.config import (
@@ -46,7 +46,8 @@ def get_config() -> Run:
             dtype="bfloat16",
             remat="full",
         ),
-        mesh=MeshConfig(fsdp=-1),
+        # With an expert a device, a layer gathers 340 MB of experts instead of all 11 GB.
+        mesh=MeshConfig(fsdp=-1, expert=32),
         data=DataConfig(path="data/pretraining", sequence_length=8192, batch_size=2048, heldout_sequences=2048),
         optimizer=OptimizerConfig(
             peak_lr=2e-4,

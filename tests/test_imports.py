@@ -14,7 +14,10 @@ ALLOWED = {
     "mmx.model": {"mmx.config", "mmx.parallel", "pallas_kernels"},
     "mmx.data": {"mmx.config"},
     "mmx.train": {"mmx.config", "mmx.parallel", "mmx.model", "mmx.data", "pallas_kernels"},
-    "mmx.plan": {"mmx.config", "mmx.parallel", "mmx.model", "mmx.train", "pallas_kernels"},
+    "mmx.plan": {
+        *("configs", "mmx.config", "mmx.parallel", "mmx.model", "mmx.train", "mmx.generate"),
+        "pallas_kernels",
+    },
     "mmx.generate": {"mmx.config", "mmx.parallel", "mmx.model", "pallas_kernels"},
     "mmx.convert": {"mmx.config", "mmx.model", "mmx.data", "mmx.train", "pallas_kernels"},
     "mmx.pod": {"mmx.config"},
@@ -28,6 +31,7 @@ ALLOWED = {
     "launch": {
         "mmx.pod",
         *("mmx", "mmx.bench", "mmx.config", "mmx.convert", "mmx.data", "mmx.parallel", "mmx.train", "mmx.generate"),
+        "mmx.plan",
     },
 }
 LOCAL = ("pallas_kernels", "mmx", "configs", "launch", "tests")

@@ -192,7 +192,6 @@ class Run:
             value = getattr(getattr(self, branch), field)
             if value < least:
                 raise ConfigError(f"{path}={value} is too small: set it to at least {least}")
-
         if self.train.spike_factor and self.train.spike_factor <= 1:
             raise ConfigError(
                 f"train.spike_factor={self.train.spike_factor} would skip ordinary steps: use 0, or more than 1"

@@ -21,6 +21,7 @@ from mmx.config import ModelConfig
 from mmx.generate.sampling import sample
 from mmx.model.softmax import KeyValues
 from mmx.model.text import Params, bind
+from mmx.parallel import constrain
 
 _PADDING, _PROMPT = 0, 1
 # Prompts and caches are rounded up to multiples of these, so that few lengths are compiled.
@@ -94,7 +95,9 @@ def prefill_and_step(config: ModelConfig) -> tuple[Any, Any]:
         model = bind(config, params)
         segment_ids_BP = jnp.where(jnp.arange(P) < padding_B[:, None], _PADDING, _PROMPT)
         x_BPD, _, cache = model(tokens_BP, segment_ids_BS=segment_ids_BP, keep_cache=True)
-        return model.logits(x_BPD[:, -1]), jax.tree.map(_grow(slots - P), cache, is_leaf=_is_key_values)
+        # On a mesh the last token of a row lies with the last of the devices that share it.
+        last_BD = constrain(x_BPD, "batch", None, None)[:, -1]
+        return model.logits(last_BD), jax.tree.map(_grow(slots - P), cache, is_leaf=_is_key_values)
 
     @functools.partial(jax.jit, donate_argnums=2)
     def step(params, token_B, cache, slot, padding_B):

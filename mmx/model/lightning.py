@@ -87,7 +87,9 @@ class LightningAttention(nnx.Module):
     def step(self, x_BD: jax.Array, slopes_H: jax.Array, state_BHKK: jax.Array) -> tuple[jax.Array, jax.Array]:
         """One token of each row: its output [B, D] and the state after it."""
         qkv = (x.reshape(x.shape[0], slopes_H.size, -1) for x in self._project(x_BD))
-        o_BHK, state_BHKK = lightning_attention_step(*qkv, slopes_H, state_BHKK)
+        heads, state = ("batch", "heads", None), ("batch", "heads", None, None)
+        attend = island(lightning_attention_step, (heads, heads, heads, ("heads",), state), (heads, state))
+        o_BHK, state_BHKK = attend(*qkv, slopes_H, state_BHKK)
         return self._finish(x_BD, o_BHK.reshape(x_BD.shape[0], -1)), state_BHKK
 
     def _project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

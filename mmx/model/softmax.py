@@ -83,11 +83,15 @@ class SoftmaxAttention(nnx.Module):
         q_BHK, k_BGK, v_BGK = self._project(x_BD, rope)
         cache = KeyValues(
             *(
-                jax.lax.dynamic_update_slice_in_dim(old, new[:, None].astype(old.dtype), slot, axis=1)
+                jax.lax.dynamic_update_slice_in_dim(
+                    old, constrain(new[:, None].astype(old.dtype), *HEADS_OF_TOKENS), slot, axis=1
+                )
                 for old, new in zip(cache, (k_BGK, v_BGK), strict=True)
             )
         )
-        return self._finish(softmax_attention_step(q_BHK, *cache, valid_BT).astype(x_BD.dtype)), cache
+        heads, slots = ("batch", "heads", None), ("batch", None, "heads", None)
+        attend = island(softmax_attention_step, (heads, slots, slots, ("batch", None)), heads)
+        return self._finish(attend(q_BHK, *cache, valid_BT).astype(x_BD.dtype)), cache
 
     def _project(self, x: jax.Array, rope: RopeTable) -> tuple[jax.Array, jax.Array, jax.Array]:
         axes = heads_axes(x.ndim)

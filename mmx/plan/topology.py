@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,8 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
 from mmx.config import ConfigError, Run
+from mmx.generate.engine import prefill_and_step
+from mmx.model.text import init_params
 from mmx.parallel import spec
 from mmx.parallel.compiler import compiler_options
 from mmx.train.loss import Batch
@@ -46,6 +50,55 @@ def topology_devices(name: str, slices: int = 1) -> list[jax.Device]:
     return list(topology.devices)
 
 
+def compile_prefill(run: Run, mesh: Mesh) -> tuple[jax.stages.Compiled, Any, Any]:
+    """The pass over ``data.batch_size`` prompts of ``data.sequence_length`` tokens that fills the cache, compiled.
+
+    Returns:
+      The program, and by shape the parameters that it takes and the cache that it leaves.
+    """
+    with jax.set_mesh(mesh):
+        prefill, _, params, padding = _generation(run, mesh)
+        shape = run.data.batch_size, run.data.sequence_length
+        tokens = _whole(mesh, shape, jnp.int32, "batch", "attention_sequence")
+        lowered = prefill.lower(params, tokens, padding, shape[1])
+        cache = jax.tree.map(functools.partial(_placed, mesh), lowered.out_info[1])
+        return lowered.compile(compiler_options=compiler_options()), params, cache
+
+
+def compile_decode(run: Run, mesh: Mesh) -> tuple[jax.stages.Compiled, Any, Any]:
+    """One more token of ``data.batch_size`` rows whose cache has room for ``data.sequence_length``, compiled.
+
+    Returns:
+      The program, and by shape the parameters and the cache that it takes.
+    """
+    with jax.set_mesh(mesh):
+        prefill, step, params, padding = _generation(run, mesh)
+        shape = run.data.batch_size, run.data.sequence_length
+        tokens = _whole(mesh, shape, jnp.int32, "batch", "attention_sequence")
+        _, cache = jax.eval_shape(functools.partial(prefill, slots=shape[1]), params, tokens, padding)
+        cache = jax.tree.map(functools.partial(_placed, mesh), cache)
+        slot = _whole(mesh, (), jnp.int32)
+        lowered = step.lower(params, _whole(mesh, shape[:1], jnp.int32, "batch"), cache, slot, padding)
+        return lowered.compile(compiler_options=compiler_options()), params, cache
+
+
+def _generation(run: Run, mesh: Mesh) -> tuple[Any, Any, Any, jax.ShapeDtypeStruct]:
+    """The jitted functions, the parameters and the rows' padding, by shape."""
+    prefill, step = prefill_and_step(dataclasses.replace(run.model))
+    params = jax.eval_shape(lambda: init_params(run.model, jax.random.key(0)))
+    params = jax.tree.map(functools.partial(_placed, mesh), params)
+    return prefill, step, params, _whole(mesh, (run.data.batch_size,), jnp.int32, "batch")
+
+
+def _whole(mesh: Mesh, shape: tuple[int, ...], dtype: jnp.dtype, *axes: str) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec(*axes)))
+
+
+def _placed(mesh: Mesh, x: Any) -> jax.ShapeDtypeStruct:
+    """A shape with its sharding on the devices of a mesh, from the one in its type."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec))
+
+
 def compile_train_step(run: Run, mesh: Mesh, options: Mapping[str, str] | None = None) -> jax.stages.Compiled:
     """The training step of a run, compiled for a mesh of devices that need not exist; state and batch by shape only.
 
@@ -61,4 +114,5 @@ def compile_train_step(run: Run, mesh: Mesh, options: Mapping[str, str] | None =
         batch = Batch(*[whole(jnp.int32)] * 4, whole(jnp.float32))
         rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, jax.P()))
         lowered = jax.jit(step, donate_argnums=0).lower(abstract_state(run.model, optimizer), batch, rate)
-        return lowered.compile(compiler_options=dict(compiler_options() if options is None else options))
+        chosen = compiler_options(run.train.micro_batches) if options is None else options
+        return lowered.compile(compiler_options=dict(chosen))

@@ -233,7 +233,7 @@ class _Session:
         example = self._placement.empty()
         # The state's buffers are reused for the new state.
         lowered = jax.jit(step, donate_argnums=0).lower(state, example, jnp.float32(0))
-        return lowered.compile(compiler_options=compiler_options())
+        return lowered.compile(compiler_options=compiler_options(run.train.micro_batches))
 
     @functools.cached_property
     def _heldout_sums(self) -> Any:
