@@ -32,11 +32,25 @@ PARAMETERS_ONLY = "parameters_only"
 
 @dataclasses.dataclass
 class Progress:
-    """Where a run stands. ``data`` is the loader's state."""
+    """Where a run stands.
+
+    Attributes:
+      step, tokens: done in all.
+      data: the loader's state, of the stage's own stream.
+      stage: index of the stage that the last step belonged to; 0 in a run without stages.
+      step_before_stage, tokens_before_stage: ``step`` and ``tokens`` when it began.
+      growth: state of the batch's growth in this stage.
+      noise: state of the averages behind the gradient noise scale.
+    """
 
     step: int
     tokens: int
     data: dict[str, Any]
+    stage: int = 0
+    step_before_stage: int = 0
+    tokens_before_stage: int = 0
+    growth: dict[str, Any] = dataclasses.field(default_factory=dict)
+    noise: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 class Checkpoints:
@@ -84,8 +98,10 @@ class Checkpoints:
         """Step of the newest checkpoint, those being written included."""
         return self._manager.latest_step()
 
-    def restore(self, model: ModelConfig, abstract: TrainState) -> tuple[TrainState, Progress] | None:
-        """The newest checkpoint that can be read, laid out as ``abstract``; None if there is none.
+    def restore(
+        self, model: ModelConfig, layout: Callable[[Progress], TrainState]
+    ) -> tuple[TrainState, Progress] | None:
+        """The newest checkpoint that can be read, laid out as ``layout`` wants a run that stands there; None without.
 
         One that cannot be read is named in the log and set aside in a folder of its own, and the one before is tried.
 
@@ -103,9 +119,11 @@ class Checkpoints:
                         f"{self._folder.parent} holds converted parameters and no run: train in another workdir, "
                         f"with --config.checkpoint.initial={self._folder.parent}"
                     )
+                progress = Progress(**saved["progress"])
+                abstract = layout(progress)
                 target = ocp.args.Composite(state=ocp.args.StandardRestore(_to_dict(abstract)))
                 state = serialization.from_state_dict(abstract, self._manager.restore(step, args=target)["state"])
-                return state, Progress(**saved["progress"])
+                return state, progress
             except ConfigError:
                 raise
             except Exception as error:  # Whatever Orbax, tensorstore or JSON make of a truncated file.
