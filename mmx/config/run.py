@@ -32,10 +32,15 @@ class DataConfig:
     sequence_length: int = 512
     # Sequences a step, over all processes and micro-batches.
     batch_size: int = 8
-    # "source=weight" entries; empty takes every prepared source in proportion to its tokens.
+    # Shares of the tokens: "source=weight", "source/bucket=weight" for its documents of some lengths, or
+    # "*/bucket=weight" for those of all sources; empty takes every source in proportion to its tokens. Synthetic
+    # sources (launch.prepare --long_qa) are read only where they are named.
     mixture: tuple[str, ...] = ()
     # The same, changing over the rows of the stream; before the first point its weights hold, after the last its own.
     mixture_points: tuple[MixturePoint, ...] = ()
+    # Length buckets, in tokens of a document: short is below the one, long above the other, medium between (Table 6).
+    short_below: int = 2**15
+    long_above: int = 2**17
     # Held-out sequences an evaluation reads, always the same ones; 0 turns evaluation off.
     heldout_sequences: int = 64
     read_threads: int = 2
@@ -141,6 +146,7 @@ class Run:
         sizes = self.mesh.sizes(num_devices)
         self._validate_counts()
         self._validate_length()
+        self._validate_mixture()
         self._validate_split(sizes)
         self.optimizer.validate()
 
@@ -173,6 +179,8 @@ class Run:
         for path, least in {
             "data.sequence_length": 2,
             "data.batch_size": 1,
+            "data.short_below": 1,
+            "data.long_above": 1,
             "data.heldout_sequences": 0,
             "data.read_threads": 1,
             "train.steps": 0,
@@ -190,6 +198,24 @@ class Run:
             value = getattr(getattr(self, branch), field)
             if value < least:
                 raise ConfigError(f"{path}={value} is too small: set it to at least {least}")
+
+    def _validate_mixture(self) -> None:
+        data = self.data
+        if data.short_below > data.long_above + 1:
+            raise ConfigError(
+                f"data.short_below={data.short_below} is above data.long_above={data.long_above}: a document would be "
+                "in two buckets"
+            )
+        if data.mixture and data.mixture_points:
+            raise ConfigError("data.mixture and data.mixture_points are both set: empty one of them")
+        earliest = 0
+        for index, point in enumerate(data.mixture_points):
+            if point.row < earliest:
+                raise ConfigError(
+                    f"data.mixture_points[{index}].row={point.row} must be at least {earliest}: give the points in the "
+                    "order of their rows, one a row"
+                )
+            earliest = point.row + 1
 
     def _validate_split(self, sizes: dict[str, int]) -> None:
         model = self.model
