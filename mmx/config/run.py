@@ -171,7 +171,9 @@ class Run:
     def _validate_length(self) -> None:
         train = self.train
         if not (train.steps or train.tokens):
-            raise ConfigError("train.steps and train.tokens are both 0: say how long to train")
+            raise ConfigError(
+                "train.steps=0 is too small: set it to at least 1, or give the run its length in train.tokens"
+            )
         if any(later >= mark for mark, later in zip(train.batch_marks, train.batch_marks[1:], strict=False)):
             raise ConfigError(f"train.batch_marks={train.batch_marks} must fall: the batch doubles at each in turn")
 

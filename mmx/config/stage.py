@@ -119,4 +119,4 @@ def _normalised(entries: Sequence[str]) -> Weights:
 
 
 def _entries(weights: Mapping[str, float]) -> tuple[str, ...]:
-    return tuple(f"{name}={weight!r}" for name, weight in weights.items())
+    return tuple(f"{name}={weight:.10g}" for name, weight in weights.items())

@@ -8,7 +8,6 @@ Shapes: B batch, S tokens, N ranges of positions.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -58,6 +57,10 @@ def position_sums(config: ModelConfig, params: Params, batch: Batch, ends_N: jax
     return lax.map(one_range, (starts_N, ends_N)).T
 
 
+# One program for all measurements of a model: stages may differ in nothing that matters here.
+_compiled_sums = jax.jit(position_sums, static_argnums=0)
+
+
 class PositionLosses:
     """The measurements of a run; ``measure`` adds one to the file in the workdir."""
 
@@ -76,15 +79,16 @@ class PositionLosses:
 
     def measure(self, model: ModelConfig, params: Params, label: str, step: int) -> None:
         """Measures parameters, laid out on any mesh, and writes the result under ``label``, anew if it was there."""
+        model = dataclasses.replace(model)  # A copy that nobody changes: it is a key of compiled programs.
         mesh, data = stage_mesh(self._run.mesh), self._run.data
         layout = SequenceLayout(model.sequence_layout)
         placement = BatchPlacement(mesh, layout, data.batch_size, data.sequence_length)
         totals = np.zeros((2, len(self._ends_N)))
         with mesh_in_scope(mesh):
             params = move_to_scope(model, params)
-            sums = jax.jit(functools.partial(position_sums, model))
             for row in PreparedData(data).heldout_batches(placement.share):
-                totals += np.asarray(sums(params, placement.to_devices(row), self._ends_N), np.float64)
+                sums_2N = _compiled_sums(model, params, placement.to_devices(row), self._ends_N)
+                totals += np.asarray(sums_2N, np.float64)
         if jax.process_index() == 0:
             self._write(label, step, model.rope_base, totals)
 
