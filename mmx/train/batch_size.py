@@ -56,4 +56,5 @@ class BatchGrowth:
 
     def state(self) -> dict[str, float | int | list[int]]:
         """What a checkpoint holds."""
-        return {name: getattr(self, name) for name in ("smoothed", "weight", "below", "doubled_from")}
+        values = {name: getattr(self, name) for name in ("smoothed", "weight", "below")}
+        return {**values, "doubled_from": list(self.doubled_from)}

@@ -73,9 +73,8 @@ class _Session:
         try:
             state, progress = self._restore_or_start(checkpoints)
             if run_is_over(run, progress):
-                longer = (
-                    "the last stage's length" if run.stages else "train.tokens" if run.train.tokens else "train.steps"
-                )
+                capped = run.train.steps and progress.step >= run.train.steps
+                longer = "train.steps" if capped else "the last stage's length" if run.stages else "train.tokens"
                 console.say(f"already at step {progress.step}: raise {longer} to go on")
                 return Outcome(progress.step, None, None)
             self._write_workdir()
