@@ -2,8 +2,8 @@
 
 456,089,655,296 parameters. What the report does not print, and this recipe therefore chooses: AdamW's eps and clipping
 (mmx.config.OptimizerConfig), the capacity factor, and that the plateaus follow each other (7.2T tokens at the peak,
-then 3.2T at 1.3e-4, then 1T of decay). The report's batch grows from 16M tokens to 32M, 64M and 128M as the loss falls;
-this recipe has 16M throughout.
+then 3.2T at 1.3e-4, then 1T of decay). The batch starts at 16M tokens and goes to 32M, 64M and 128M at the report's
+losses, which hold for its data and tokenizer: fit your own (launch.report --critical_batch).
 
   python -m launch.pretrain --config=configs/minimax_text_01.py --workdir=/shared/runs/text_01
 """
@@ -59,7 +59,14 @@ def get_config() -> Run:
                 Phase("constant", 0.15),
             ),
         ),
-        # 11.4T tokens at 16M a step; fewer steps once the batch grows.
-        train=TrainConfig(steps=680_000, log_every=10, eval_every=1000),
+        train=TrainConfig(
+            steps=0,
+            tokens=114 * T // 10,
+            batch_marks=(1.98, 1.77, 1.58),
+            batch_smoothing=200,
+            batch_patience=50,
+            log_every=10,
+            eval_every=1000,
+        ),
         checkpoint=CheckpointConfig(every=500, keep=3),
     )

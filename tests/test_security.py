@@ -78,7 +78,7 @@ def checkpoint(tmp_path_factory):
 
 def restore(folder):
     with contextlib.closing(Checkpoints(folder, CheckpointConfig(), lambda _: None)) as checkpoints:
-        return checkpoints.restore(MODEL, abstract_state(MODEL, OPTIMIZER))
+        return checkpoints.restore(MODEL, lambda _: abstract_state(MODEL, OPTIMIZER))
 
 
 def test_malicious_checkpoint(checkpoint, tmp_path, attack):

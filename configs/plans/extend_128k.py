@@ -15,5 +15,5 @@ def get_config() -> Run:
     run.model.rope_base = 5_000_000.0
     run.mesh = MeshConfig(fsdp=4, expert=32, tensor=8)
     run.data.sequence_length, run.data.batch_size = 131_072, 128
-    run.train.steps = 17_881
+    run.train.steps, run.train.tokens, run.train.batch_marks = 17_881, 0, ()
     return run

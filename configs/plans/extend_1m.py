@@ -15,5 +15,5 @@ def get_config() -> Run:
     run.model.rope_base = 10_000_000.0
     run.mesh = MeshConfig(expert=16, context=64)
     run.data.sequence_length, run.data.batch_size = 1_048_576, 16
-    run.train.steps = 1_550
+    run.train.steps, run.train.tokens, run.train.batch_marks = 1_550, 0, ()
     return run

@@ -15,5 +15,5 @@ def get_config() -> Run:
     run.model.rope_base = 10_000_000.0
     run.mesh = MeshConfig(expert=32, context=32)
     run.data.sequence_length, run.data.batch_size = 524_288, 32
-    run.train.steps = 1_907
+    run.train.steps, run.train.tokens, run.train.batch_marks = 1_907, 0, ()
     return run

@@ -14,5 +14,5 @@ def get_config() -> Run:
     run = minimax_text_01.get_config()
     run.mesh = MeshConfig(fsdp=32, expert=32)
     run.data.sequence_length, run.data.batch_size = 8_192, 2048
-    run.train.steps = 680_000
+    run.train.steps, run.train.tokens, run.train.batch_marks = 680_000, 0, ()
     return run

@@ -15,7 +15,7 @@ def get_config() -> Run:
     run.model.rope_base = 10_000_000.0
     run.mesh = MeshConfig(expert=16, context=64)
     run.data.sequence_length, run.data.batch_size = 1_032_192, 80
-    run.train.steps = 1_000
+    run.train.steps, run.train.tokens, run.train.batch_marks = 1_000, 0, ()
     run.train.micro_batches = 5
     run.optimizer.peak_lr = 3e-6
     run.optimizer.schedule = (Phase("constant", 1.0),)

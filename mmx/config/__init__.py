@@ -2,20 +2,12 @@
 
 from mmx.config.count import ForwardFlops, ParameterCount, count_parameters, forward_flops, training_flops
 from mmx.config.errors import ConfigError, nearest
+from mmx.config.mesh import BATCH_AXES, MESH_AXES, MeshConfig
 from mmx.config.model import HYBRID_PERIOD, LIGHTNING, SEQUENCE_LAYOUTS, SOFTMAX, ModelConfig
-from mmx.config.run import (
-    BATCH_AXES,
-    MESH_AXES,
-    CheckpointConfig,
-    DataConfig,
-    MeshConfig,
-    MixturePoint,
-    OptimizerConfig,
-    Phase,
-    Run,
-    TrainConfig,
-)
+from mmx.config.optimizer import OptimizerConfig, Phase
+from mmx.config.run import CheckpointConfig, DataConfig, MixturePoint, Run, TrainConfig
 from mmx.config.serialize import check_field, from_dict, load_json, save_json, to_dict
+from mmx.config.stage import Stage
 
 __all__ = [
     "BATCH_AXES",
@@ -35,6 +27,7 @@ __all__ = [
     "ParameterCount",
     "Phase",
     "Run",
+    "Stage",
     "TrainConfig",
     "check_field",
     "count_parameters",

@@ -9,48 +9,10 @@ import dataclasses
 import math
 
 from mmx.config.errors import ConfigError
+from mmx.config.mesh import BATCH_AXES, MeshConfig
 from mmx.config.model import SEQUENCE_LAYOUTS, ModelConfig
-
-MESH_AXES = ("replica", "fsdp", "expert", "expert_tensor", "context", "tensor")
-# Axes over which the sequences of a batch are split (DESIGN: expert and expert_tensor are batch axes to attention).
-BATCH_AXES = MESH_AXES[:4]
-PHASE_KINDS = ("linear", "constant", "exponential", "cosine")
-
-
-@dataclasses.dataclass
-class MeshConfig:
-    """Sizes of the named mesh axes; one of them may be -1 for "the rest of the devices"."""
-
-    replica: int = 1
-    fsdp: int = 1
-    expert: int = 1
-    expert_tensor: int = 1
-    context: int = 1
-    tensor: int = 1
-
-    def sizes(self, num_devices: int) -> dict[str, int]:
-        """Axis name to size, with -1 resolved. Raises ConfigError if they do not multiply to num_devices."""
-        sizes = {axis: getattr(self, axis) for axis in MESH_AXES}
-        for axis, size in sizes.items():
-            if size < 1 and size != -1:
-                raise ConfigError(f"mesh.{axis}={size}: use a positive size, or -1 for the rest of the devices")
-        free = [axis for axis, size in sizes.items() if size == -1]
-        if len(free) > 1:
-            raise ConfigError(f"mesh.{free[0]} and mesh.{free[1]} are both -1: only one axis can take the rest")
-        fixed = math.prod(size for size in sizes.values() if size != -1)
-        if free:
-            if num_devices % fixed:
-                raise ConfigError(
-                    f"mesh.{free[0]}=-1 cannot take the rest: the other axes make {fixed}, which does not divide "
-                    f"{num_devices} devices"
-                )
-            sizes[free[0]] = num_devices // fixed
-        elif fixed != num_devices:
-            raise ConfigError(
-                f"the mesh has {_product(sizes)} = {fixed} devices and this run has {num_devices}: "
-                "change a mesh axis, or set one to -1"
-            )
-        return sizes
+from mmx.config.optimizer import OptimizerConfig
+from mmx.config.stage import Stage, mixture_over_rows
 
 
 @dataclasses.dataclass
@@ -85,41 +47,22 @@ class DataConfig:
 
 
 @dataclasses.dataclass
-class Phase:
-    """One piece of the learning-rate schedule.
-
-    ``to`` is the rate at its end as a share of ``optimizer.peak_lr`` (a constant phase holds it throughout). Its
-    length is ``steps`` or ``tokens``; the last phase may have neither and lasts until the end.
-    """
-
-    kind: str
-    to: float
-    steps: int = 0
-    tokens: int = 0
-
-
-@dataclasses.dataclass
-class OptimizerConfig:
-    """AdamW as the report has it (section 4.2); eps and clipping are not printed there and are our choice."""
-
-    peak_lr: float = 2e-4
-    schedule: tuple[Phase, ...] = (Phase("linear", 1.0, steps=500), Phase("constant", 1.0))
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    # Largest global norm of the gradient; 0 turns clipping off.
-    clip_norm: float = 1.0
-
-
-@dataclasses.dataclass
 class TrainConfig:
-    """Length of the run and what it reports."""
+    """Length of the run, growth of its batch, and what it reports."""
 
+    # The run ends after this many steps in all; 0 leaves it to ``tokens``, or to the stages.
     steps: int = 300
+    # The run ends with the step that brings it to this many tokens; 0 leaves it to ``steps``.
+    tokens: int = 0
     seed: int = 0
     # Micro-batches a step accumulates its gradient over.
     micro_batches: int = 1
+    # Training losses, falling: the batch (and micro_batches with it) doubles when the smoothed loss has reached the
+    # first of them, again at the second, and so on (report section 4.2). launch.report --critical_batch fits them.
+    batch_marks: tuple[float, ...] = ()
+    # Steps over which that loss is smoothed, and for how many in a row it must lie at or below the mark.
+    batch_smoothing: int = 50
+    batch_patience: int = 10
     log_every: int = 10
     # Steps between held-out evaluations; 0 evaluates only at the start and the end.
     eval_every: int = 0
@@ -132,6 +75,9 @@ class TrainConfig:
     # Seconds that a step, a save or an evaluation may take before the run counts as hung: it writes the stacks of its
     # threads to the workdir and ends; 0 waits for ever. Compiling the step does not count.
     hang_seconds: float = 1800.0
+    # Held-out rows of the longest stage's length, on which the loss is measured by position before the first step and
+    # at the end of each stage; 0 turns it off.
+    position_sequences: int = 0
 
 
 @dataclasses.dataclass
@@ -154,6 +100,44 @@ class Run:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    # One after the other, each with its own length, data and mesh; empty: a single one, as the branches above say.
+    stages: tuple[Stage, ...] = ()
+
+    def of_stage(self, index: int) -> "Run":
+        """The run of one stage alone: its fields in place of those of the branches, its own length, no stages.
+
+        Without stages it is the run itself.
+        """
+        if not self.stages:
+            return self
+        stage = self.stages[index]
+        points = [
+            MixturePoint(row, weights) for row, weights in mixture_over_rows(self.stages, index, self.data.mixture)
+        ]
+        level = self.stages[index - 1].schedule[-1].to if index else self.optimizer.start_level
+        replace = dataclasses.replace
+        return replace(
+            self,
+            model=replace(self.model, rope_base=stage.rope_base),
+            mesh=stage.mesh,
+            data=replace(
+                self.data,
+                sequence_length=stage.sequence_length,
+                batch_size=stage.batch_size,
+                mixture=points[0].weights if len(points) == 1 else (),
+                mixture_points=tuple(points) if len(points) > 1 else (),
+                heldout_sequences=stage.heldout_sequences,
+            ),
+            optimizer=replace(self.optimizer, schedule=stage.schedule, start_level=level),
+            train=replace(
+                self.train,
+                steps=stage.steps,
+                tokens=stage.tokens,
+                micro_batches=stage.micro_batches,
+                batch_marks=stage.batch_marks,
+            ),
+            stages=(),
+        )
 
     def validate(self, num_devices: int = 1) -> None:
         """Checks every branch and what must agree between them.
@@ -164,12 +148,43 @@ class Run:
         Raises:
           ConfigError: with one sentence that names the field and says what to change.
         """
+        if self.stages:
+            self._validate_stages(num_devices)
+            return
         self.model.validate()
         sizes = self.mesh.sizes(num_devices)
         self._validate_counts()
+        self._validate_length()
         self._validate_mixture()
         self._validate_split(sizes)
-        self._validate_optimizer()
+        self.optimizer.validate()
+
+    def _validate_stages(self, num_devices: int) -> None:
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) != len(names):
+            raise ConfigError(f"two stages share a name among {', '.join(names)}: rename one")
+        for name in ("tokens", "batch_marks"):
+            if getattr(self.train, name):
+                raise ConfigError(
+                    f"train.{name} is set and so are stages: set {name} in the stages that should have it"
+                )
+        if self.train.steps < 0:
+            raise ConfigError(f"train.steps={self.train.steps} must not be negative: 0 leaves the end to the stages")
+        for index, stage in enumerate(self.stages):
+            try:
+                stage.validate()
+                self.of_stage(index).validate(num_devices)
+            except ConfigError as error:
+                raise ConfigError(f"stages[{index}] ({stage.name}): {error}") from None
+
+    def _validate_length(self) -> None:
+        train = self.train
+        if not (train.steps or train.tokens):
+            raise ConfigError(
+                "train.steps=0 is too small: set it to at least 1, or give the run its length in train.tokens"
+            )
+        if any(later >= mark for mark, later in zip(train.batch_marks, train.batch_marks[1:], strict=False)):
+            raise ConfigError(f"train.batch_marks={train.batch_marks} must fall: the batch doubles at each in turn")
 
     def _validate_counts(self) -> None:
         for path, least in {
@@ -179,8 +194,12 @@ class Run:
             "data.long_above": 1,
             "data.heldout_sequences": 0,
             "data.read_threads": 1,
-            "train.steps": 1,
+            "train.steps": 0,
+            "train.tokens": 0,
             "train.micro_batches": 1,
+            "train.batch_smoothing": 1,
+            "train.batch_patience": 1,
+            "train.position_sequences": 0,
             "train.log_every": 1,
             "train.eval_every": 0,
             "train.rollback_after": 0,
@@ -246,33 +265,3 @@ class Run:
                 f"model.exchange_groups={model.exchange_groups} does not divide the {tokens} tokens that a device has "
                 "in a micro-batch: use a divisor of them"
             )
-
-    def _validate_optimizer(self) -> None:
-        optimizer = self.optimizer
-        for field in ("peak_lr", "eps"):
-            if getattr(optimizer, field) <= 0:
-                raise ConfigError(f"optimizer.{field}={getattr(optimizer, field)} must be greater than 0")
-        for field in ("b1", "b2"):
-            if not 0 <= getattr(optimizer, field) < 1:
-                raise ConfigError(f"optimizer.{field}={getattr(optimizer, field)} must be in [0, 1)")
-        for field in ("weight_decay", "clip_norm"):
-            if getattr(optimizer, field) < 0:
-                raise ConfigError(f"optimizer.{field}={getattr(optimizer, field)} must not be negative")
-        if not optimizer.schedule:
-            raise ConfigError("optimizer.schedule is empty: give at least one Phase")
-        for index, phase in enumerate(optimizer.schedule):
-            where = f"optimizer.schedule[{index}]"
-            if phase.kind not in PHASE_KINDS:
-                raise ConfigError(f"{where}.kind={phase.kind!r} is not one of {', '.join(PHASE_KINDS)}")
-            if phase.steps < 0 or phase.tokens < 0 or (phase.steps and phase.tokens):
-                raise ConfigError(f"{where} needs either steps or tokens, positive")
-            is_last = index == len(optimizer.schedule) - 1
-            if not (phase.steps or phase.tokens) and not (is_last and phase.kind == "constant"):
-                raise ConfigError(f"{where} has no length: only a last, constant phase may go on until the end")
-            previous = optimizer.schedule[index - 1].to if index else 0.0
-            if phase.kind == "exponential" and (phase.to <= 0 or previous <= 0):
-                raise ConfigError(f"{where} decays exponentially, so it must start and end above 0")
-
-
-def _product(sizes: dict[str, int]) -> str:
-    return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "1"

@@ -109,8 +109,9 @@ class Plan:
 
     @property
     def steps(self) -> int:
-        """Of the whole stage."""
-        return self.run.train.steps
+        """Of the whole stage, at the batch that it begins with."""
+        data, train = self.run.data, self.run.train
+        return train.steps or -(-train.tokens // (data.batch_size * data.sequence_length))
 
     @property
     def stage_days(self) -> float:

@@ -39,12 +39,26 @@ PARAMETERS_ONLY = "parameters_only"
 
 @dataclasses.dataclass
 class Progress:
-    """Where a run stands. ``data`` is the loader's state."""
+    """Where a run stands.
+
+    Attributes:
+      step, tokens: done in all.
+      data: the loader's state, of the stage's own stream.
+      stage: index of the stage that the last step belonged to; 0 in a run without stages.
+      step_before_stage, tokens_before_stage: ``step`` and ``tokens`` when it began.
+      growth: state of the batch's growth in this stage.
+      noise: state of the averages behind the gradient noise scale.
+    """
 
     step: int
     tokens: int
     data: dict[str, Any]
     rollbacks: int = 0  # times that the run went back to a checkpoint by itself
+    stage: int = 0
+    step_before_stage: int = 0
+    tokens_before_stage: int = 0
+    growth: dict[str, Any] = dataclasses.field(default_factory=dict)
+    noise: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 class Checkpoints:
@@ -103,8 +117,10 @@ class Checkpoints:
         """Step of the newest checkpoint, those being written included."""
         return self._manager.latest_step()
 
-    def restore(self, model: ModelConfig, abstract: TrainState) -> tuple[TrainState, Progress] | None:
-        """The newest checkpoint that can be read, laid out as ``abstract``; None if there is none.
+    def restore(
+        self, model: ModelConfig, layout: Callable[[Progress], TrainState]
+    ) -> tuple[TrainState, Progress] | None:
+        """The newest checkpoint that can be read, laid out as ``layout`` wants a run that stands there; None without.
 
         One that is damaged or cannot be read is named in the log and set aside in a folder of its own, and the one
         before is tried. The processes share the reading of checksums and decide together.
@@ -126,8 +142,9 @@ class Checkpoints:
                         f"{self._folder.parent} holds converted parameters and no run: train in another workdir, "
                         f"with --config.checkpoint.initial={self._folder.parent}"
                     )
+                progress = Progress(**saved["progress"])
                 # Checkpoints of the first versions count no rollbacks, and have no health in their state.
-                state = self._restore_state(step, abstract, has_health="rollbacks" in saved["progress"])
+                state = self._restore_state(step, layout(progress), has_health="rollbacks" in saved["progress"])
                 failure = ""
             except ConfigError:
                 raise
@@ -135,7 +152,7 @@ class Checkpoints:
                 failure = " ".join(str(error).split())[:100] or type(error).__name__
             failures = [failure for failure in self._board.gather(failure) if failure]
             if not failures:
-                return state, Progress(**saved["progress"])
+                return state, progress
             self._set_aside(step, failures[0])
         return None
 

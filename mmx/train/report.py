@@ -14,11 +14,15 @@ from mmx.config import ConfigError, Run, count_parameters, load_json
 from mmx.train.goodput import describe
 from mmx.train.loop import CONFIG
 from mmx.train.metrics import METRICS, read_metrics
+from mmx.train.position_loss import read_position_losses
+from mmx.train.position_picture import PICTURE as POSITION_PICTURE
+from mmx.train.position_picture import draw_position_losses
 
 matplotlib.use("Agg")  # There may be no screen.
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
+_ALTERNATIVES = ("Loss, router load, optimization, balance and speed", "Loss by position")
 PICTURE, PAGE = "report.png", "report.html"
 _TRAINING, _HELDOUT, _GREY = "#1f5fa8", "#d1495b", "#6b7280"
 
@@ -26,7 +30,7 @@ _TRAINING, _HELDOUT, _GREY = "#1f5fa8", "#d1495b", "#6b7280"
 class Report(NamedTuple):
     """What was written, and what it says in words."""
 
-    picture: Path
+    pictures: list[Path]  # of the run, and of the loss by position if it was measured
     page: Path
     facts: dict[str, str]
 
@@ -44,11 +48,14 @@ def write_report(workdir: Path, output: Path) -> Report:
         raise ConfigError(f"{workdir / METRICS} has no training step yet: let the run log one first")
     heldout = [row for row in rows if "heldout_loss" in row]
     output.mkdir(parents=True, exist_ok=True)
-    picture, page = output / PICTURE, output / PAGE
-    _draw(run, steps, heldout, workdir.name, picture)
+    pictures, page = [output / PICTURE], output / PAGE
+    _draw(run, steps, heldout, workdir.name, pictures[0])
+    if positions := read_position_losses(workdir):
+        pictures.append(output / POSITION_PICTURE)
+        draw_position_losses(positions, run.of_stage(0).data.sequence_length, workdir.name, pictures[1])
     facts = _facts(run, steps, heldout)
-    page.write_text(_page(facts, workdir.name, picture), encoding="utf-8")
-    return Report(picture, page, facts)
+    page.write_text(_page(facts, workdir.name, pictures), encoding="utf-8")
+    return Report(pictures, page, facts)
 
 
 def _draw(run: Run, steps: list[dict[str, Any]], heldout: list[dict[str, Any]], title: str, path: Path) -> None:
@@ -145,7 +152,7 @@ def _pattern(run: Run) -> str:
 def _facts(run: Run, steps: list[dict[str, Any]], heldout: list[dict[str, Any]]) -> dict[str, str]:
     last, counts = steps[-1], count_parameters(run.model)
     facts = {
-        "Steps": f"{last['step']:,} of {run.train.steps:,}",
+        "Steps": f"{last['step']:,}{_goal(run, last)}",
         "Tokens": f"{last['tokens']:,}",
         "Parameters": f"{counts.total:,} ({counts.active:,} active a token, without embeddings)",
         "Layers": _pattern(run),
@@ -166,9 +173,20 @@ def _facts(run: Run, steps: list[dict[str, Any]], heldout: list[dict[str, Any]])
     return facts
 
 
-def _page(facts: dict[str, str], title: str, picture: Path) -> str:
+def _goal(run: Run, last: dict[str, Any]) -> str:
+    if "stage" in last:
+        names = [stage.name for stage in run.stages]
+        place = names.index(last["stage"]) + 1 if last["stage"] in names else "?"
+        return f", stage {last['stage']} ({place} of {len(names)})"
+    return f" of {run.train.steps:,}" if run.train.steps else f" ({run.train.tokens:,} tokens to go to)"
+
+
+def _page(facts: dict[str, str], title: str, pictures: list[Path]) -> str:
     table = "\n".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in facts.items())
-    image = base64.b64encode(picture.read_bytes()).decode()
+    images = "\n".join(
+        f'<p><img alt="{alt}" src="data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"></p>'
+        for alt, picture in zip(_ALTERNATIVES, pictures, strict=False)
+    )
     return f"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -182,6 +200,6 @@ def _page(facts: dict[str, str], title: str, picture: Path) -> str:
 <table>
 {table}
 </table>
-<p><img alt="Loss, router load, optimization, balance and speed" src="data:image/png;base64,{image}"></p>
+{images}
 </html>
 """

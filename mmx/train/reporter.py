@@ -4,34 +4,58 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from mmx.config import Run
 from mmx.data.packing import Row
 from mmx.train.checkpoint import Progress
 from mmx.train.console import Console
 from mmx.train.evaluate import HeldoutLoss
 from mmx.train.goodput import Goodput
+from mmx.train.leg import Leg
 from mmx.train.metrics import MetricsWriter
 from mmx.train.step import StepMetrics
 from mmx.train.throughput import document_lengths, utilisation
 
 
-class Reporter:
-    """Turns what the loop sees into metrics rows and progress lines.
+class _Pending(NamedTuple):
+    """A step that has been started."""
 
-    The metrics of a logged step are fetched when the next step has been started, so that the devices never wait for it.
+    progress: Progress
+    rate: float
+    metrics: StepMetrics
+    row: Row
+    due: bool  # for a metrics row
+
+
+class Reporter:
+    """Turns what the loop sees into metrics rows and progress lines, and hands it on to what decides by it.
+
+    The metrics of a step are fetched when the next step has been started, so that the devices never wait for it.
     """
 
-    def __init__(self, run: Run, console: Console, metrics: MetricsWriter | None, shares: int, goodput: Goodput):
-        """``shares``: parts that a batch is read in, of which this process reads one."""
-        self._run, self._console, self._metrics, self._shares = run, console, metrics, shares
-        self._goodput = goodput
-        self._pending: tuple[Progress, float, StepMetrics, Row] | None = None
+    def __init__(
+        self,
+        console: Console,
+        metrics: MetricsWriter | None,
+        observe: Callable[[Progress, StepMetrics], dict[str, float]],
+        goodput: Goodput,
+    ):
+        """``observe`` receives a step's metrics, on the host, and returns more for its row.
+
+        It sees every step of a run whose batch grows or whose gradient noise is known, the logged ones of any other.
+        """
+        self._console, self._metrics, self._observe, self._goodput = console, metrics, observe, goodput
+        self._pending: _Pending | None = None
+        self.resume_clock()
+
+    def enter(self, leg: Leg, stage: str, end: int | None) -> None:
+        """The steps from here on are of this leg; ``stage`` is its name or empty, ``end`` its last step if known."""
+        self.flush()
+        self._leg, self._stage, self._end = leg, stage, end
         self.resume_clock()
 
     def resume_clock(self) -> None:
@@ -71,38 +95,42 @@ class Reporter:
         )
         self.resume_clock()
 
-    def step_done(self, progress: Progress, rate: float, step_metrics: StepMetrics, row: Row) -> None:
-        """Reports the step before, if it was due, now that this one has been started."""
+    def step_done(self, progress: Progress, rate: float, step_metrics: StepMetrics, row: Row, *, is_last: bool) -> None:
+        """Takes in the step before, now that this one has been started."""
         self.flush()
         self._steps += 1
-        if progress.step % self._run.train.log_every == 0 or progress.step in (1, self._run.train.steps):
-            self._pending = progress, rate, step_metrics, row
+        due = is_last or progress.step == 1 or progress.step % self._leg.run.train.log_every == 0
+        decides = step_metrics.noise is not None or bool(self._leg.run.train.batch_marks)
+        if due or decides:
+            self._pending = _Pending(progress, rate, step_metrics, row, due)
 
     def evaluated(self, progress: Progress, loss: HeldoutLoss) -> None:
         """Reports a held-out evaluation."""
-        row = {"step": progress.step, "tokens": progress.tokens}
-        self._write(row | {"heldout_loss": loss.nats_per_token, "heldout_bits_per_byte": loss.bits_per_byte})
+        held_out = {"heldout_loss": loss.nats_per_token, "heldout_bits_per_byte": loss.bits_per_byte}
+        self._write(self._place(progress) | held_out)
         self._console.say(
             f"step {progress.step}: held out {loss.nats_per_token:.4f} nats/token, {loss.bits_per_byte:.4f} bits/byte"
         )
 
     def flush(self) -> None:
-        """Reports the step that is due, waiting for it."""
+        """Takes in the step that waits, once it is done."""
         if self._pending is None:
             return
-        progress, rate, step_metrics, row = self._pending
-        self._pending = None
-        values = jax.device_get(step_metrics)  # Returns when the step is done.
+        pending, self._pending = self._pending, None
+        values = jax.device_get(pending.metrics)  # Returns when the step is done.
+        more = self._observe(pending.progress, values)
+        if pending.due:
+            self._report(pending, values, more)
+
+    def _report(self, pending: _Pending, values: StepMetrics, more: dict[str, float]) -> None:
+        progress, leg = pending.progress, self._leg
         seconds = max(time.monotonic() - self._since, 1e-9)
-        tokens_per_step = self._run.data.batch_size * self._run.data.sequence_length
-        speed = self._steps * tokens_per_step / seconds
-        load_LE = values.stats.load.share_E / self._run.model.experts_per_token
-        line = {
-            "step": progress.step,
-            "tokens": progress.tokens,
+        speed = self._steps * leg.tokens_per_step / seconds
+        load_LE = values.stats.load.share_E / leg.run.model.experts_per_token
+        line = self._place(progress) | {
             "loss": float(values.loss),
             "grad_norm": float(values.grad_norm),
-            "learning_rate": rate,
+            "learning_rate": pending.rate,
             "tokens_per_second": speed,
             "data_wait": self._data_seconds / seconds,
             "router_load_max": float(load_LE.max() * load_LE.shape[1]),
@@ -110,14 +138,16 @@ class Reporter:
             "drop_rate_by_layer": np.round(values.stats.dropped.astype(float), 6).tolist(),
             "skipped_steps": int(values.skipped),
             "rollbacks": progress.rollbacks,
+            **more,
         }
-        mfu = self._utilisation(row, seconds / self._steps)
+        mfu = self._utilisation(pending.row, seconds / self._steps)
         if mfu is not None:
             line["mfu"] = mfu
         self._write(line | {"router_load": np.round(load_LE.astype(float), 4).tolist()})
         self._console.progress(
-            f"step {progress.step}/{self._run.train.steps}  loss {line['loss']:.4f}  "
-            f"grad norm {line['grad_norm']:.3f}  rate {rate:.2e}  "
+            (f"{self._stage}: " if self._stage else "")
+            + f"step {progress.step}{'' if self._end is None else f'/{self._end}'}  loss {line['loss']:.4f}  "
+            f"grad norm {line['grad_norm']:.3f}  rate {pending.rate:.2e}  "
             f"{speed:,.0f} tokens/s  data wait {line['data_wait']:.0%}"
             + (f"  MFU {mfu:.1%}" if mfu is not None else "")
             + (f"  skipped {line['skipped_steps']}" if line["skipped_steps"] else "")
@@ -126,8 +156,12 @@ class Reporter:
 
     def _utilisation(self, row: Row, seconds: float) -> float | None:
         # The documents that this process reads stand for those of the others.
-        lengths = document_lengths(row["segment_ids"]) * self._shares
-        return utilisation(self._run.model, lengths, seconds, jax.devices()[0].device_kind, jax.device_count())
+        lengths = document_lengths(row["segment_ids"]) * self._leg.placement.share.count
+        return utilisation(self._leg.run.model, lengths, seconds, jax.devices()[0].device_kind, jax.device_count())
+
+    def _place(self, progress: Progress) -> dict[str, Any]:
+        stage = {"stage": self._stage} if self._stage else {}
+        return {"step": progress.step, "tokens": progress.tokens, **stage}
 
     def _write(self, row: dict[str, Any]) -> None:
         if self._metrics is not None:

@@ -9,12 +9,13 @@ def learning_rate(config: OptimizerConfig, tokens: int, tokens_per_step: int) ->
     """Rate of the update that brings the run to ``tokens`` tokens, so the first warm-up step has a rate above 0.
 
     Args:
-      config: its phases follow each other, each starting from the level at which its predecessor ended (0 at first).
+      config: its phases follow each other, each starting from the level at which its predecessor ended, the first from
+        ``start_level``.
       tokens: trained on so far, those of this update included.
       tokens_per_step: turns the lengths of phases that count steps into tokens; the run's initial batch, so that a
         batch that grows later does not stretch them.
     """
-    start, level = 0, 0.0
+    start, level = 0, config.start_level
     for phase in config.schedule:
         length = phase.tokens or phase.steps * tokens_per_step
         if not length or tokens <= start + length:

@@ -17,6 +17,7 @@ from mmx.model.text import Params, init_params
 from mmx.parallel import constrain
 from mmx.train.health import Health, fresh_health, judge
 from mmx.train.loss import Batch, LossSums, loss_sums
+from mmx.train.noise_scale import GradientNoise, gradient_noise
 
 
 class TrainState(NamedTuple):
@@ -36,6 +37,22 @@ class StepMetrics(NamedTuple):
     stats: ExpertStats
     skipped: jax.Array  # as in the state after the step
     bad_in_a_row: jax.Array  # likewise
+    noise: GradientNoise | None = None  # with more than one micro-batch
+
+
+class MicroBatchNorms(NamedTuple):
+    """What the gradients of single micro-batches say of their noise; fp32 scalars."""
+
+    square: jax.Array  # sum of the squared norms, each divided by its micro-batch's target tokens
+    count: jax.Array  # micro-batches with any
+
+
+class TokenSums(NamedTuple):
+    """Sums over the target tokens of a batch."""
+
+    sums: LossSums
+    grads: Params  # of the objective's sum
+    parts: MicroBatchNorms | None  # with more than one micro-batch
 
 
 def init_state(config: ModelConfig, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
@@ -50,7 +67,15 @@ def start_state(optimizer: optax.GradientTransformation, params: Params) -> Trai
 
 def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation) -> TrainState:
     """Shapes and dtypes of a state, and where its arrays lie: on the mesh in scope, or on the first device."""
-    shapes = jax.eval_shape(lambda: init_state(config, optimizer, seed=0))
+    return _placed(jax.eval_shape(lambda: init_state(config, optimizer, seed=0)))
+
+
+def abstract_params(config: ModelConfig) -> Params:
+    """The parameters' part of ``abstract_state``."""
+    return _placed(jax.eval_shape(lambda: init_params(config, jax.random.key(0))))
+
+
+def _placed(shapes: Any) -> Any:
     mesh = jax.sharding.get_mesh()
 
     def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -84,22 +109,24 @@ def train_step(
       rate: learning rate, fp32 scalar.
       spike_factor: see ``mmx.train.health.judge``.
     """
-    sums, grads = token_sum_gradient(config, micro_batches, state.params, batch)
-    return apply_gradient(optimizer, clip_norm, state, sums, grads, rate, spike_factor)
+    total = token_sum_gradient(config, micro_batches, state.params, batch)
+    return apply_gradient(optimizer, clip_norm, state, total, rate, spike_factor)
 
 
 def apply_gradient(
     optimizer: optax.GradientTransformation,
     clip_norm: float,
     state: TrainState,
-    sums: LossSums,
-    grads: Params,
+    total: TokenSums,
     rate: jax.Array,
     spike_factor: float = 0.0,
 ) -> tuple[TrainState, StepMetrics]:
-    """The second half of ``train_step``, from the sums over a batch and the gradient of the objective's sum."""
+    """The second half of ``train_step``, from the sums over a batch."""
+    sums, grads = total.sums, total.grads
     tokens = jnp.maximum(sums.tokens, 1)
-    grad_norm = optax.tree.norm(grads) / tokens
+    norm = optax.tree.norm(grads)
+    grad_norm = norm / tokens
+    noise = None if total.parts is None else gradient_noise(total.parts.square, norm**2, tokens, total.parts.count)
     good, health = judge(state.health, sums.nll / tokens, grad_norm, spike_factor)
     # Mean over tokens and clipping are one factor: the gradient is read once more, not three times.
     clip = jnp.minimum(1.0, clip_norm / grad_norm) if clip_norm else 1.0
@@ -112,13 +139,11 @@ def apply_gradient(
     )
     skipped = state.skipped + jnp.where(good, 0, 1)
     stats = jax.tree.map(lambda x: x / tokens, sums.stats)
-    metrics = StepMetrics(sums.nll / tokens, grad_norm, stats, skipped, health.bad_in_a_row)
+    metrics = StepMetrics(sums.nll / tokens, grad_norm, stats, skipped, health.bad_in_a_row, noise)
     return TrainState(params, optimizer_state, skipped, health), metrics
 
 
-def token_sum_gradient(
-    config: ModelConfig, micro_batches: int, params: Params, batch: Batch
-) -> tuple[LossSums, Params]:
+def token_sum_gradient(config: ModelConfig, micro_batches: int, params: Params, batch: Batch) -> TokenSums:
     """Sums over the whole batch, and the gradient of the objective's sum, one micro-batch in memory at a time.
 
     Args:
@@ -131,15 +156,20 @@ def token_sum_gradient(
         return sums, grads
 
     if micro_batches == 1:
-        return gradient(batch)
+        return TokenSums(*gradient(batch), None)
     # Rows a, a + A, a + 2A, ... make micro-batch a: the rows of each device stay on it.
     batches_ABS = jax.tree.map(lambda x_BS: _split_rows(x_BS, micro_batches), batch)
 
+    def part(batch: Batch) -> TokenSums:
+        sums, grads = gradient(batch)
+        square = optax.tree.norm(grads, squared=True) / jnp.maximum(sums.tokens, 1)
+        return TokenSums(sums, grads, MicroBatchNorms(square, jnp.where(sums.tokens > 0, 1.0, 0.0)))
+
     def accumulate(total, batch):
-        return jax.tree.map(jnp.add, total, gradient(batch)), None
+        return jax.tree.map(jnp.add, total, part(batch)), None
 
     first, rest = jax.tree.map(lambda x: x[0], batches_ABS), jax.tree.map(lambda x: x[1:], batches_ABS)
-    return lax.scan(accumulate, gradient(first), rest)[0]
+    return lax.scan(accumulate, part(first), rest)[0]
 
 
 def _split_rows(x_BS: jax.Array, micro_batches: int) -> jax.Array:

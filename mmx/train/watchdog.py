@@ -18,7 +18,7 @@ _MARGIN = 1.25
 
 
 class Watchdog:
-    """Ends the process if ``alive`` is not called for too long; does nothing until the first call."""
+    """Ends the process if ``alive`` is not called for too long; does nothing before the first call and at ``rest``."""
 
     def __init__(self, seconds: float, folder: Path, process: int, log: Callable[[str], None]):
         """``folder`` takes the stacks; ``process`` is this process's number in the run."""
@@ -31,6 +31,10 @@ class Watchdog:
     def alive(self, doing: str) -> None:
         """Says that the run goes on, and with what."""
         self._doing, self._since = doing, time.monotonic()
+
+    def rest(self) -> None:
+        """Stops counting until ``alive`` is called again: what comes now may take as long as it likes."""
+        self._since = None
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[Watchdog]:
@@ -57,7 +61,8 @@ class Watchdog:
         while not self._closed.wait(min(self._seconds / 4, 5.0)):
             # Armed anew at each look: it goes off when this thread cannot look any more.
             faulthandler.dump_traceback_later(self._seconds * _MARGIN, exit=True, file=file)
-            if self._since is None or time.monotonic() - self._since < self._seconds:
+            since = self._since
+            if since is None or time.monotonic() - since < self._seconds:
                 continue
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}: hung {self._doing} for {self._seconds:g} s\n")
             file.flush()

@@ -64,9 +64,9 @@ def train(config, sizes: MeshConfig | None):
     optimizer = build_optimizer(OPTIMIZER)
 
     def step(state, batch):
-        sums, grads = token_sum_gradient(config, 1, state.params, batch)
-        state, metrics = apply_gradient(optimizer, 1.0, state, sums, grads, jnp.float32(1e-3))
-        return state, (metrics.loss, metrics.stats.dropped, grads)
+        total = token_sum_gradient(config, 1, state.params, batch)
+        state, metrics = apply_gradient(optimizer, 1.0, state, total, jnp.float32(1e-3))
+        return state, (metrics.loss, metrics.stats.dropped, total.grads)
 
     with contextlib.ExitStack() as stack:
         batch = awkward_batch()

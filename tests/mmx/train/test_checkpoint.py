@@ -29,6 +29,10 @@ def progress(step: int) -> Progress:
     return Progress(step=step, tokens=100 * step, data={"global_next_index": 8 * step})
 
 
+def layout(_: Progress) -> TrainState:
+    return abstract_state(TINY, OPTIMIZER)
+
+
 @pytest.fixture
 def saved(tmp_path, state):
     """A folder with steps 1 and 2, whose skipped counters are 1 and 2."""
@@ -44,7 +48,7 @@ def open_again(folder, log=print) -> Checkpoints:
 
 
 def test_round_trip(saved, state):
-    restored, where = open_again(saved).restore(TINY, abstract_state(TINY, OPTIMIZER))
+    restored, where = open_again(saved).restore(TINY, layout)
     assert where == progress(2)
     assert restored.skipped == 2
     for a, b in zip(jax.tree.leaves(restored.params), jax.tree.leaves(state.params), strict=True):
@@ -63,7 +67,7 @@ def test_checkpoint_of_an_earlier_version(saved, state):
             model=ocp.args.JsonSave(to_dict(TINY)),
         )
         manager.save(3, args=items)
-    restored, where = open_again(saved).restore(TINY, abstract_state(TINY, OPTIMIZER))
+    restored, where = open_again(saved).restore(TINY, layout)
     assert where == progress(3)
     assert restored.skipped == 3
     assert restored.health.bad_in_a_row == restored.health.average_loss == 0
@@ -71,7 +75,7 @@ def test_checkpoint_of_an_earlier_version(saved, state):
 
 def test_restores_onto_a_mesh(saved, state):
     with jax.set_mesh(build_mesh(MeshConfig(fsdp=2), jax.devices()[:2])):
-        restored, _ = open_again(saved).restore(TINY, abstract_state(TINY, OPTIMIZER))
+        restored, _ = open_again(saved).restore(TINY, layout)
     for a, b in zip(jax.tree.leaves(restored.params), jax.tree.leaves(state.params), strict=True):
         np.testing.assert_array_equal(a, b)
     query = restored.params["runs"]["0_lightning"]["attention"]["query"]
@@ -88,7 +92,7 @@ def test_full_disk_is_one_sentence_and_what_was_saved_stays(saved, state, monkey
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=size))
     checkpoints.save(TINY, state, progress(3))
     checkpoints.close()
-    assert open_again(saved).restore(TINY, abstract_state(TINY, OPTIMIZER))[1] == progress(3)
+    assert open_again(saved).restore(TINY, layout)[1] == progress(3)
 
 
 def largest_file(folder):
@@ -119,7 +123,7 @@ def test_damaged_checkpoint_is_named_and_skipped(saved, state, damage):
         (saved / "2" / "progress" / "metadata").write_text("{")
     said = []
     checkpoints = open_again(saved, said.append)
-    restored, where = checkpoints.restore(TINY, abstract_state(TINY, OPTIMIZER))
+    restored, where = checkpoints.restore(TINY, layout)
     assert where == progress(1)
     assert restored.skipped == 1
     assert len(said) == 1
@@ -136,11 +140,11 @@ def test_damaged_checkpoint_is_named_and_skipped(saved, state, damage):
 def test_half_written_checkpoint_is_no_checkpoint(saved, state):
     # What a kill in the middle of a save leaves: Orbax's temporary folder.
     (saved / "3.orbax-checkpoint-tmp").mkdir()
-    assert open_again(saved).restore(TINY, abstract_state(TINY, OPTIMIZER))[1] == progress(2)
+    assert open_again(saved).restore(TINY, layout)[1] == progress(2)
 
 
 def test_no_checkpoint(tmp_path, state):
-    assert open_again(tmp_path / "none").restore(TINY, abstract_state(TINY, OPTIMIZER)) is None
+    assert open_again(tmp_path / "none").restore(TINY, layout) is None
 
 
 def test_every_single_byte_counts(saved):
@@ -163,7 +167,7 @@ def test_every_single_byte_counts(saved):
 def test_another_model_is_refused_with_all_that_differs(saved, state):
     other = tiny(num_experts=8, head_dim=16, rotary_dim=8)
     with pytest.raises(ConfigError, match=r"head_dim=8 and this run has 16, .*rotary_dim=4 .*num_experts=4 and"):
-        open_again(saved).restore(other, abstract_state(TINY, OPTIMIZER))
+        open_again(saved).restore(other, layout)
     assert (saved / "2").is_dir()
 
 

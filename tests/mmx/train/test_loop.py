@@ -100,7 +100,7 @@ def test_workdir_can_be_loaded(finished, data):
 
 def test_report(finished, tmp_path):
     report = write_report(finished[0], tmp_path)
-    assert report.picture.read_bytes().startswith(b"\x89PNG")
+    assert report.pictures[0].read_bytes().startswith(b"\x89PNG")
     assert report.facts["Steps"] == "50 of 50"
     for value in report.facts.values():
         assert html.escape(value) in report.page.read_text()
