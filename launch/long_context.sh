@@ -21,8 +21,8 @@ done
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 
 echo "== preparing whole packages of the standard library, and questions about what stands far before in them"
-"$python" -m launch.prepare --output=data/long_miniature --tokenizer="$start/tokenizer.json" --join=package \
-  --long_qa=python --long_qa_lengths=512,16384 --long_qa_tokens=1000000 --skip_if_exists
+"$python" -m launch.prepare --output=data/long_miniature --tokenizer="$start/tokenizer.json" --join=both \
+  --long_qa=python --long_qa_lengths=256,16384 --long_qa_tokens=1000000 --skip_if_exists
 
 echo "== extending the context; progress also goes to $workdir"
 "$python" -m launch.pretrain --config=configs/long_context.py:miniature --workdir="$workdir" "$@"

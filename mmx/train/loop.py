@@ -190,8 +190,9 @@ class _Session:
             rows, step = leg.rows(progress), leg.compile(state, self._optimizer)
             self._board.gather("compiled")  # A process that waits for another's compiler in its first step is not hung.
         console.say(
-            f"compiled in {time.monotonic() - started:.0f} s; training "
-            + (f"with {leg.tokens_per_step:,} tokens a step" if end is None else f"to step {end}")
+            f"compiled in {time.monotonic() - started:.0f} s; training"
+            + (f" with {leg.tokens_per_step:,} tokens a step" if train.batch_marks else "")
+            + ("" if end is None else f" to step {end}")
         )
         reporter.resume_clock()
         self._goodput.spend(PRODUCTIVE)
