@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from configs.long_context import TABLE_6 as SHARES
+from configs.long_context import get_config
 from mmx.config import DataConfig, MixturePoint
 from mmx.data.loader import PreparedData, Share
 from mmx.data.long_qa import LongQA
@@ -34,14 +36,17 @@ class Stage(NamedTuple):
     """A row of Table 6: tokens of a row and of the stage, percent of each bucket."""
 
     row: int
-    tokens: float
+    tokens: int
     shares: dict[str, int]
 
 
 TABLE_6 = {
-    "128K": Stage(2**17, 300e9, {"short": 30, "medium": 70}),
-    "512K": Stage(2**19, 32e9, {"short": 35, "medium": 35, "long": 30}),
-    "1M": Stage(2**20, 26e9, {"short": 30, "medium": 30, "long": 40}),
+    stage.name: Stage(
+        stage.sequence_length,
+        stage.tokens,
+        {bucket: share for bucket, share in zip(BUCKETS, SHARES[stage.name], strict=True) if share},
+    )
+    for stage in get_config().stages
 }
 
 
