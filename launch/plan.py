@@ -2,6 +2,7 @@
 
   python -m launch.plan --config=configs/minimax_text_01.py --topology=v5p:8x8x16
   python -m launch.plan --config=configs/plans/extend_1m.py --topology=v5p:8x8x16 --output=json
+  python -m launch.plan --config=configs/long_context.py --stage=128K --topology=v5p:8x8x16
   python -m launch.plan --config=configs/text_1b.py --topology=h100:8 --config.mesh.fsdp=8
   python -m launch.plan --config=configs/minimax_text_01.py --topology=v5p:8x8x16 --search
   python -m launch.plan --config=configs/plans/prefill_128k.py --topology=v5p:4x4x4 --work=prefill
@@ -40,6 +41,7 @@ _WORK = flags.DEFINE_enum(
     "work", "train", ["train", "prefill", "decode"], "A training step, or a prefill or a decoded token of the batch."
 )
 _PICTURES = flags.DEFINE_string("pictures", None, "Folder for pictures of memory, time and prefill latency.")
+_STAGE = flags.DEFINE_string("stage", None, "Which stage of a configuration that has several.")
 _COMPILE = flags.DEFINE_bool("compile", True, "Compile the step; --nocompile counts on paper, in a second.")
 _SEARCH = flags.DEFINE_bool("search", False, "Try meshes, batch sizes and remat policies; print the best few.")
 _BEST = flags.DEFINE_integer("best", 5, "How many to print.", lower_bound=1)
@@ -57,7 +59,7 @@ def run() -> None:
         return _calibrate()
     if _STAGES.value:
         return _stages()
-    config = program.require_config(_CONFIG.value)
+    config = _of_one_stage(program.require_config(_CONFIG.value))
     if not _TOPOLOGY.value:
         raise ConfigError("--topology is missing: give a TPU slice or GPUs, as in --topology=v5p:8x8x16")
     if _TOPOLOGY.value == "here":
@@ -74,6 +76,16 @@ def run() -> None:
     compiles = machine.is_tpu and _COMPILE.value
     plan = compiled_plan(config, machine, _note) if compiles else counted_plan(config, machine)
     _show(plan)
+
+
+def _of_one_stage(config: Run) -> Run:
+    names = [stage.name for stage in config.stages]
+    if _STAGE.value is None and not names:
+        return config
+    if _STAGE.value not in names:
+        known = f"has {', '.join(names)}" if names else "has none"
+        raise ConfigError(f"--stage={_STAGE.value or ''}: name a stage of this configuration, which {known}")
+    return config.of_stage(names.index(_STAGE.value))
 
 
 def _show(plan: Plan) -> None:

@@ -25,6 +25,8 @@ def test_prints_json_of_a_count():
         ((TEXT_01, "--topology=v5p:8x8x16", "--config.mesh.fsdp=3"), "96 devices and this run has 1024"),
         ((TEXT_01, "--topology=h100:64", "--work=decode"), "give a TPU slice"),
         (("--stages=pretrain",), "did you mean 'pretrain_8k'"),
+        (("--config=configs/long_context.py", "--topology=h100:8"), "which has 128K, 512K, 1M"),
+        ((TEXT_01, "--topology=h100:8", "--stage=1M"), "which has none"),
     ],
 )
 def test_mistakes_are_one_sentence(arguments, says):
