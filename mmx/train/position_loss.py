@@ -112,3 +112,14 @@ def read_position_losses(workdir: Path) -> dict[str, Any] | None:
     """What a run measured, or None: the ends of the ranges, target tokens in each, and a loss in nats for each."""
     path = workdir / POSITION_LOSS
     return json.loads(path.read_text()) if path.exists() else None
+
+
+def describe_position_losses(saved: dict[str, Any]) -> str:
+    """The first and the last measurement in words: over all tokens, and over those of the farthest range."""
+    tokens_N = np.asarray(saved["target_tokens"])
+    measured = [np.array([loss or 0.0 for loss in entry["loss"]]) for entry in saved["measurements"]]
+    overall = " to ".join(f"{np.average(loss_N, weights=tokens_N):.4f}" for loss_N in (measured[0], measured[-1]))
+    farthest = np.flatnonzero(tokens_N)[-1]
+    far = " to ".join(f"{loss_N[farthest]:.4f}" for loss_N in (measured[0], measured[-1]))
+    start = saved["position_below"][farthest - 1] if farthest else 0
+    return f"{overall} nats a token on the same rows, {far} from position {start:,} on"

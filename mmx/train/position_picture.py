@@ -30,8 +30,9 @@ def draw_position_losses(saved: dict[str, Any], trained_length: int, title: str,
         # From grey before to full colour at the end: the order of the stages is the order of the lines.
         color = plt.cm.viridis(0.9 - 0.8 * index / max(1, len(measurements) - 1)) if index else "#6b7280"
         points = [(end, loss) for end, loss, n in zip(ends, entry["loss"], counts, strict=True) if n >= _FEWEST_TOKENS]
+        dashes = "-" if index else "--"
         label = f"{entry['label']} (step {entry['step']:,}, RoPE base {entry['rope_base']:,.0f})"
-        axes.plot(*zip(*points, strict=True), "o-", ms=4, lw=1.5, color=color, ls="-" if index else "--", label=label)
+        axes.plot(*zip(*points, strict=True), marker="o", ms=4, lw=1.5, color=color, ls=dashes, label=label)
     axes.axvline(trained_length, color="#6b7280", lw=0.8, ls=":")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")

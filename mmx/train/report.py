@@ -14,7 +14,7 @@ from mmx.config import ConfigError, Run, count_parameters, load_json
 from mmx.train.goodput import describe
 from mmx.train.loop import CONFIG
 from mmx.train.metrics import METRICS, read_metrics
-from mmx.train.position_loss import read_position_losses
+from mmx.train.position_loss import describe_position_losses, read_position_losses
 from mmx.train.position_picture import PICTURE as POSITION_PICTURE
 from mmx.train.position_picture import draw_position_losses
 
@@ -54,6 +54,8 @@ def write_report(workdir: Path, output: Path) -> Report:
         pictures.append(output / POSITION_PICTURE)
         draw_position_losses(positions, run.of_stage(0).data.sequence_length, workdir.name, pictures[1])
     facts = _facts(run, steps, heldout)
+    if positions:
+        facts["Held-out by position"] = describe_position_losses(positions)
     page.write_text(_page(facts, workdir.name, pictures), encoding="utf-8")
     return Report(pictures, page, facts)
 
@@ -73,15 +75,17 @@ def _draw(run: Run, steps: list[dict[str, Any]], heldout: list[dict[str, Any]], 
 
 def _draw_loss(axes: Axes, steps: list[dict[str, Any]], heldout: list[dict[str, Any]]) -> None:
     axes.plot(_column(steps, "tokens"), _column(steps, "loss"), color=_TRAINING, lw=1.4, label="training batch")
-    if heldout:
-        tokens, loss = _column(heldout, "tokens"), _column(heldout, "heldout_loss")
-        axes.plot(tokens, loss, "o-", color=_HELDOUT, ms=5, lw=1, label="held out")
-        for row in (heldout[0], heldout[-1]):
+    for index, rows in enumerate(_by_stage(heldout).values()):
+        label = None if index else "held out"
+        axes.plot(_column(rows, "tokens"), _column(rows, "heldout_loss"), "o-", color=_HELDOUT, ms=5, lw=1, label=label)
+        for row, side in zip((rows[0], rows[-1]) if len(rows) > 1 else (), ("left", "right"), strict=False):
             bits = f"{row['heldout_bits_per_byte']:.2f} bits/byte"
-            side = "left" if row is heldout[0] else "right"
             axes.annotate(
                 bits, (row["tokens"], row["heldout_loss"]), (0, 9), textcoords="offset points", ha=side, color=_HELDOUT
             )
+    stages = list(_by_stage(steps).values())
+    for rows in stages[1:]:
+        axes.axvline(rows[0]["tokens"], color=_GREY, lw=0.8, ls=":")
     axes.set(title="Loss", xlabel="tokens", ylabel="nats a token")
     axes.legend(frameon=False)
     _tidy(axes)
@@ -165,12 +169,22 @@ def _facts(run: Run, steps: list[dict[str, Any]], heldout: list[dict[str, Any]])
     }
     if goodput := describe(last):
         facts["Goodput"] = goodput
-    if heldout:
-        first, final = (heldout[n]["heldout_bits_per_byte"] for n in (0, -1))
-        facts["Held-out bits a byte"] = (
-            f"{first:.4f} at step {heldout[0]['step']}, {final:.4f} at step {heldout[-1]['step']} ({final / first:.0%})"
-        )
+    for stage, rows in _by_stage(heldout).items():
+        first, final = rows[0], rows[-1]
+        bits = f"{first['heldout_bits_per_byte']:.4f} at step {first['step']}"
+        if final is not first:
+            ratio = final["heldout_bits_per_byte"] / first["heldout_bits_per_byte"]
+            bits += f", {final['heldout_bits_per_byte']:.4f} at step {final['step']} ({ratio:.0%})"
+        facts[f"Bits a byte, {stage}" if stage else "Held-out bits a byte"] = bits
     return facts
+
+
+def _by_stage(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Rows of each stage, in order. Held-out losses of two stages do not compare: their rows have different lengths."""
+    stages: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        stages.setdefault(row.get("stage", ""), []).append(row)
+    return stages
 
 
 def _goal(run: Run, last: dict[str, Any]) -> str:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import io
+import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -26,8 +28,9 @@ from mmx.train.batch_size import BatchGrowth
 from mmx.train.console import Console
 from mmx.train.goodput import WAYS
 from mmx.train.loop import train
-from mmx.train.metrics import read_metrics
-from mmx.train.position_loss import position_ranges, read_position_losses
+from mmx.train.metrics import METRICS, read_metrics
+from mmx.train.position_loss import describe_position_losses, position_ranges, read_position_losses
+from mmx.train.report import write_report
 from tests.tiny import tiny
 from tests.words import VOCAB_SIZE, prepare_words
 
@@ -170,6 +173,33 @@ def test_loss_by_position_before_and_after(finished):
     assert labels == [("before", 0, 10_000.0), ("first", 7, 10_000.0), ("second", 11, 50_000.0)]
     losses = [entry["loss"][0] for entry in saved["measurements"]]
     assert losses[2] < losses[1] < losses[0]
+    assert describe_position_losses(saved).startswith(f"{losses[0]:.4f} to {losses[2]:.4f} nats")
+
+
+def test_the_difference_by_position_is_that_of_all_tokens_and_of_the_farthest():
+    losses = ([5.0, 4.0, 3.0, None], [4.0, 3.0, 1.0, None])
+    saved = {
+        "position_below": [64, 128, 256, 512],
+        "target_tokens": [10, 20, 10, 0],
+        "measurements": [{"loss": loss} for loss in losses],
+    }
+    said = describe_position_losses(saved)
+    assert said == "4.0000 to 2.7500 nats a token on the same rows, 3.0000 to 1.0000 from position 128 on"
+
+
+def test_report_compares_held_out_losses_within_a_stage_only(finished, tmp_path):
+    shutil.copy(finished / "config.json", tmp_path)
+    held_out = [(0, "first", 3.0), (7, "first", 2.4), (11, "second", 1.5)]
+    measured = [
+        {"step": step, "tokens": step, "stage": stage, "heldout_loss": bits, "heldout_bits_per_byte": bits}
+        for step, stage, bits in held_out
+    ]
+    lines = [json.dumps(row) for row in (*read_metrics(finished), *measured)]
+    (tmp_path / METRICS).write_text("\n".join(lines) + "\n")
+    facts = write_report(tmp_path, tmp_path).facts
+    assert facts["Steps"] == "11, stage second (2 of 2)"
+    assert facts["Bits a byte, first"] == "3.0000 at step 0, 2.4000 at step 7 (80%)"
+    assert facts["Bits a byte, second"] == "1.5000 at step 11"
 
 
 def test_the_same_stages_do_nothing_and_fewer_are_refused(data, finished):
