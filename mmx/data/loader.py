@@ -75,6 +75,12 @@ class PreparedData:
             read_options=grain.ReadOptions(num_threads=self._config.read_threads, prefetch_buffer_size=64),
         )
 
+    def passes(self, rows: int) -> dict[Part, float]:
+        """How often the first ``rows`` training rows go over each part, counting every row as full."""
+        places = np.linspace(0, rows, 1001)[:-1]  # Shares move linearly: this is exact enough.
+        tokens_P = self._mixture.shares(places).mean(axis=0) * rows * self._config.sequence_length
+        return {part: float(n) / self._tokens(part) for part, n in zip(self._mixture.parts, tokens_P, strict=True)}
+
     def heldout_batches(self, share: Share) -> Iterator[Row]:
         """This process's part of each batch of held-out rows, the same rows at every call.
 

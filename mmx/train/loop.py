@@ -183,6 +183,12 @@ class _Session:
             console.say(
                 f"stage {stage}: {leg.run.data.sequence_length:,} tokens a row, RoPE base {leg.run.model.rope_base:g}"
             )
+        if progress.step == progress.step_before_stage:
+            for part, times in leg.often_repeated().items():
+                console.say(
+                    f"warning: {part} will be read {times:.1f} times, and what is read more than 4 times is learned by "
+                    "heart: prepare more of it, lower its weight, or train for fewer tokens"
+                )
         console.say("compiling the training step")
         started = time.monotonic()
         self._watchdog.rest()

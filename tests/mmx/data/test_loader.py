@@ -132,6 +132,18 @@ def test_a_part_is_read_whole_before_it_repeats(folder):
     assert sorted(got[: len(want)]) == want
 
 
+def test_passes_over_a_part(folder):
+    points = (MixturePoint(0, ("left=3", "right=1")), MixturePoint(400, ("left=1", "right=2")))
+    data = PreparedData(config(folder, mixture_points=points))
+    report = json.loads((folder / "dataset.json").read_text())["sources"]
+    tokens = {name: part["train"]["tokens"] for name, part in report.items()}
+    read = rows(batches(data, 50))
+    of_right = [row for row in read if {*"yz"} & {*data.tokenizer.decode(row)}]
+    got = {str(part): times for part, times in data.passes(400).items()}
+    assert got["right"] == pytest.approx(len(of_right) * 16 / tokens["right"], rel=0.02)
+    assert got["left"] == pytest.approx((400 - len(of_right)) * 16 / tokens["left"], rel=0.02)
+
+
 def test_buckets(folder, tmp_path):
     """Rows of a bucket hold its documents and no others; those that are not short are cut only by a row's length."""
     lengths = np.asarray([10, 40, 41, 70, 100, 130, 201, 7, 64, 99])

@@ -27,6 +27,7 @@ from mmx.pretrained import load
 from mmx.train.batch_size import BatchGrowth
 from mmx.train.console import Console
 from mmx.train.goodput import WAYS
+from mmx.train.leg import Leg
 from mmx.train.loop import train
 from mmx.train.metrics import METRICS, read_metrics
 from mmx.train.position_loss import describe_position_losses, position_ranges, read_position_losses
@@ -90,6 +91,7 @@ def finished(data, tmp_path_factory) -> Path:
     said = io.StringIO()
     assert train(config(data), workdir, Console(stream=said)).step == 11
     assert "stage second: 64 tokens a row, RoPE base 50000" in said.getvalue()
+    assert "warning" not in said.getvalue()
     return workdir
 
 
@@ -200,6 +202,15 @@ def test_report_compares_held_out_losses_within_a_stage_only(finished, tmp_path)
     assert facts["Steps"] == "11, stage second (2 of 2)"
     assert facts["Bits a byte, first"] == "3.0000 at step 0, 2.4000 at step 7 (80%)"
     assert facts["Bits a byte, second"] == "1.5000 at step 11"
+
+
+def test_documents_that_are_read_too_often_are_named(data):
+    run = config(data)
+    tokens = json.loads((data / "dataset.json").read_text())["sources"]["words"]["train"]["tokens"]
+    five_passes = dataclasses.replace(run.stages[0], steps=5 * tokens // (8 * 32))
+    leg = Leg(dataclasses.replace(run, stages=(five_passes, run.stages[1])), stage=0)
+    assert leg.often_repeated() == {"words": pytest.approx(5, rel=0.02)}
+    assert Leg(run, stage=0).often_repeated() == {}
 
 
 def test_the_same_stages_do_nothing_and_fewer_are_refused(data, finished):
