@@ -38,7 +38,7 @@ def spans(instructions):
             started, name = place, match[1]
             ended = next(n for n, later in enumerate(instructions) if f"collective-permute-done(%{name})" in later)
             between = instructions[started:ended]
-            found[name] = any(re.search(r" (conditional|while)\(", other) for other in between)
+            found[name] = any(re.search(r" (conditional|while|custom-call)\(", other) for other in between)
     return found
 
 

@@ -33,12 +33,13 @@ def operands(dtype=np.float64):
     return [rng.normal(size=(B, LENGTH, heads, K)).astype(dtype) for heads in (H, G, G, H)]
 
 
-def on_ranks(ranks, layout, block, cotangent):
+def on_ranks(ranks, layout, block, cotangent, implementation="auto"):
     """Outputs and gradients of ring attention for rows with the given segment ids; compiled once."""
     layout = SequenceLayout(layout)
 
     def function(q, k, v, segment_ids, slice_ids):
-        return ring_attention(q, k, v, segment_ids, axis=AXIS, layout=layout, slice_ids_BN=slice_ids, block=block)
+        how = {"block": block, "implementation": implementation}
+        return ring_attention(q, k, v, segment_ids, axis=AXIS, layout=layout, slice_ids_BN=slice_ids, **how)
 
     compiled = with_gradients(split(function, ranks, layout), cotangent)
     return lambda q, k, v, segment_ids, given=True: compiled(
@@ -95,6 +96,37 @@ def test_excluded_blocks_are_not_computed(layout):
     for name, x in got.items():
         assert np.isnan(x[poisoned]).any(axis=-1).all() or name == "dv", name
         assert np.isfinite(x[~poisoned]).all(), name
+
+
+# Rows long enough for several of the kernels' blocks, of as many channels as they take.
+KERNEL_CHANNELS, TIMES, BLOCK = 64, 4, 128
+
+
+def wide_operands():
+    rng = np.random.default_rng(0)
+    return [rng.normal(size=(B, LENGTH * TIMES, heads, KERNEL_CHANNELS)).astype(np.float32) for heads in (H, G, G, H)]
+
+
+@functools.cache
+def wide_on_one_device(name):
+    *qkv, do = wide_operands()
+    function = lambda q, k, v, s: softmax_attention(q, k, v, segment_ids_BS=s, implementation="reference")  # noqa: E731
+    return jax.device_get(with_gradients(function, do)(*qkv, np.repeat(SEGMENTS[name], TIMES, axis=1)))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [(2, "zigzag"), (4, "contiguous"), (4, "balanced"), pytest.param(8, "zigzag", marks=pytest.mark.slow)],
+)
+def test_kernels_serve_the_ring(ranks, layout):
+    *qkv, do = wide_operands()
+    compiled = on_ranks(ranks, layout, BLOCK, do, "tpu_interpret")
+    for name, segment_ids in SEGMENTS.items():
+        assert_same(compiled(*qkv, np.repeat(segment_ids, TIMES, axis=1)), wide_on_one_device(name), 2e-5)
+    if layout == "zigzag":
+        whole = "one document over all ranks"
+        ids = np.repeat(SEGMENTS[whole], TIMES, axis=1)
+        assert_same(compiled(*qkv, ids, given=False), wide_on_one_device(whole), 2e-5)
 
 
 def gradients(ranks, layout, length, dtype=jnp.float32, heads=(H, G), form=ring_attention):
