@@ -88,30 +88,36 @@ def attention_part_gradients_tpu(
       dq [B, S, H, K], dk [B, T, G, K], dv [B, T, G, V], fp32, but of values that the kernels rounded to the dtype of
       the operands.
     """
-    layouts = {name: getattr(blocks, name) for name in ("q_layout", "k_layout", "v_layout")}
+    settings = _SETTINGS | {name: getattr(blocks, name) for name in ("q_layout", "k_layout", "v_layout")}
 
     def one_row(of_row):
         row, do_HSV, lse_HS, delta_HS = of_row
-        operands = (row.q_HSK, row.k_GTK, row.v_GTV, row.segment_ids, None, lse_HS, do_HSV, delta_HS)
-        dq_HSK = splash._splash_attention_bwd_dq(
-            *operands,
-            **(_SETTINGS | layouts),
-            bq=blocks.block_q_dq,
-            bkv=blocks.block_kv_dq,
-            mask_info=row.query_tables(blocks.block_q_dq, blocks.block_kv_dq),
-            interpret=interpret,
-        )
-        _, dk_GTK, dv_GTV = splash._splash_attention_bwd_dkv(
-            *operands,
-            **(_SETTINGS | layouts),
-            bq=blocks.block_q_dkv,
-            bkv=blocks.block_kv_dkv,
-            bkv_compute=blocks.block_kv_dkv_compute,
-            mask_info=row.key_tables(blocks.block_q_dkv, blocks.block_kv_dkv),
-            use_fused_bwd_kernel=False,
-            interpret=interpret,
-        )
-        return dq_HSK, dk_GTK, dv_GTV
+        q_tables = row.query_tables(blocks.block_q_dq, blocks.block_kv_dq)
+        k_tables = row.key_tables(blocks.block_q_dkv, blocks.block_kv_dkv)
+
+        def kernels(q_HSK, do_HSV, lse_HS, delta_HS, k_GTK, v_GTV):
+            operands = q_HSK, k_GTK, v_GTV, row.segment_ids, None, lse_HS, do_HSV, delta_HS
+            dq_HSK = splash._splash_attention_bwd_dq(
+                *operands,
+                **settings,
+                bq=blocks.block_q_dq,
+                bkv=blocks.block_kv_dq,
+                mask_info=q_tables,
+                interpret=interpret,
+            )
+            _, dk_GTK, dv_GTV = splash._splash_attention_bwd_dkv(
+                *operands,
+                **settings,
+                bq=blocks.block_q_dkv,
+                bkv=blocks.block_kv_dkv,
+                bkv_compute=blocks.block_kv_dkv_compute,
+                mask_info=k_tables,
+                use_fused_bwd_kernel=False,
+                interpret=interpret,
+            )
+            return dq_HSK, dk_GTK, dv_GTV
+
+        return _on_two_cores(kernels, (row.q_HSK, do_HSV, lse_HS, delta_HS), (row.k_GTK, row.v_GTV))
 
     rows = _rows(q_BSHK, k_BTGK, v_BTGV, q_places, k_places, scale, slice_length, blocks)
     padding = -q_BSHK.shape[1] % largest_block(blocks)
@@ -126,6 +132,30 @@ def attention_part_gradients_tpu(
         for x, like in zip(found, (q_BSHK, k_BTGK, v_BTGV), strict=True)
     )
     return dq_BSHK * scale, dk_BTGK, dv_BTGV
+
+
+def _on_two_cores(kernels: Callable, of_queries: tuple[jax.Array, ...], of_keys: tuple[jax.Array, ...]):
+    """``kernels(*of_queries, *of_keys)``, on both cores of a chip that has two.
+
+    The kernels of the backward pass declare that their grids run in order, which is on one core. A dimension that vmap
+    adds runs on both: here the two halves of the heads.
+    """
+    H, G = len(of_queries[0]), len(of_keys[0])
+    if H % 2 or (G > 1 and G % 2):
+        return kernels(*of_queries, *of_keys)
+
+    def halve(x):
+        return x.reshape(2, -1, *x.shape[1:])
+
+    of_queries = tuple(map(halve, of_queries))
+    if G == 1:
+        dq_2HSK, *dkv_2GT = jax.vmap(lambda *halves: kernels(*halves, *of_keys))(*of_queries)
+        # Each half of the query heads has a share in the gradients of the one head of keys.
+        dk_GTK, dv_GTV = (jnp.sum(x, axis=0, dtype=jnp.float32) for x in dkv_2GT)
+    else:
+        dq_2HSK, *dkv_2GT = jax.vmap(kernels)(*of_queries, *map(halve, of_keys))
+        dk_GTK, dv_GTV = (x.reshape(-1, *x.shape[2:]) for x in dkv_2GT)
+    return dq_2HSK.reshape(-1, *dq_2HSK.shape[2:]), dk_GTK, dv_GTV
 
 
 # What all kernels are told alike.

@@ -1,6 +1,7 @@
-"""Attention to parts of the keys by splash attention's kernels: the interpreter against the plain form.
+"""Attention to parts of the keys by splash attention's kernels: the interpreters against the plain form.
 
-Memory that nobody wrote reads as NaN.
+Heads that can be halved run so in the backward pass, which jax 0.10.2's stricter interpreter does not follow: there the
+older one runs. In the stricter one, memory that nobody wrote reads as NaN.
 """
 
 import functools
@@ -15,10 +16,11 @@ from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes
 from pallas_kernels.softmax_attention.part import Places, attention_part, attention_part_gradients
 from pallas_kernels.softmax_attention.tpu_part import attention_part_gradients_tpu, attention_part_tpu
 
-INTERPRET = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)
+STRICT, OLDER = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True), True
 SMALL = BlockSizes(*[128] * 8)
 OBLONG = BlockSizes(128, 256, 128, 256, 128, 128, 128, 256)
-B, H, G, K, V, SCALE = 2, 4, 2, 128, 64, 0.1
+B, K, V, SCALE = 2, 128, 64, 0.1
+ODD, EVEN, ONE_PAIR = (3, 1), (4, 2), (2, 1)
 SLICES = 12
 
 
@@ -48,7 +50,8 @@ DOCUMENTS = {
 
 
 @functools.cache
-def operands(length, dtype):
+def operands(length, heads, dtype):
+    H, G = heads
     rng = np.random.default_rng(0)
     sizes = ((H, K), (G, K), (G, V), (H, V))
     q, k, v, do = (jnp.asarray(rng.normal(size=(B, length, heads, width)), dtype) for heads, width in sizes)
@@ -59,10 +62,10 @@ def operands(length, dtype):
     return q, k, v, do, more, delta
 
 
-@functools.partial(jax.jit, static_argnames=("slice_length", "blocks"))
-def by_kernels(q, k, v, do, lse, delta, q_places, k_places, slice_length, blocks):
+@functools.partial(jax.jit, static_argnames=("slice_length", "blocks", "interpret"))
+def by_kernels(q, k, v, do, lse, delta, q_places, k_places, slice_length, blocks, interpret):
     part = q, k, v, q_places, k_places, SCALE, slice_length, blocks
-    return attention_part_tpu(*part, INTERPRET), attention_part_gradients_tpu(*part, do, lse, delta, INTERPRET)
+    return attention_part_tpu(*part, interpret), attention_part_gradients_tpu(*part, do, lse, delta, interpret)
 
 
 @jax.jit
@@ -73,7 +76,7 @@ def plain(q, k, v, do, more, delta, q_places, k_places):
     return (o, lse), attention_part_gradients(*part, do, lse_of_all, delta), lse_of_all
 
 
-def compare(held, documents, slice_length, blocks, dtype="float32"):
+def compare(held, documents, slice_length, blocks, heads, interpret, dtype="float32"):
     q_slices, k_slices = HELD[held]
     rng = np.random.default_rng(1)
     runs = None
@@ -81,10 +84,10 @@ def compare(held, documents, slice_length, blocks, dtype="float32"):
         runs = np.stack([DOCUMENTS[documents](rng, SLICES * slice_length) for _ in range(B)]).astype(np.int32)
         q_slices, k_slices = (x * (B // len(x)) for x in (q_slices, k_slices))
     at = [places(slices, slice_length, runs) for slices in (q_slices, k_slices)]
-    q, k, v, do, more, delta = operands(3 * slice_length, dtype)
+    q, k, v, do, more, delta = operands(3 * slice_length, heads, dtype)
     wide = [x.astype(jnp.float32) for x in (q, k, v, do)]
     want, want_gradients, lse = plain(*wide, more, delta, *at)
-    got, got_gradients = by_kernels(q, k, v, do, lse, delta, *at, slice_length, blocks)
+    got, got_gradients = by_kernels(q, k, v, do, lse, delta, *at, slice_length, blocks, interpret)
     seen = np.asarray(want[1]) > -1e29
     assert (np.asarray(got[1]) > -1e29).tolist() == seen.tolist()
     assert np.isfinite(got[1]).all()
@@ -100,7 +103,7 @@ def compare(held, documents, slice_length, blocks, dtype="float32"):
 
 @pytest.mark.parametrize("held", HELD)
 def test_one_document(held):
-    seen = compare(held, None, 128, SMALL)
+    seen = compare(held, None, 128, SMALL, EVEN, OLDER)
     assert seen.any() == (held != "all behind")
 
 
@@ -120,8 +123,12 @@ def test_one_document(held):
 )
 def test_documents(held, documents):
     # Slices and shares are no multiple of the blocks.
-    compare(held, documents, 100, OBLONG)
+    compare(held, documents, 100, OBLONG, ODD, STRICT)
+
+
+def test_halves_of_the_heads_share_their_keys():
+    compare("rows that differ", "some documents", 100, SMALL, ONE_PAIR, OLDER)
 
 
 def test_training_precision():
-    compare("zigzag, half of the keys", "some documents", 100, OBLONG, "bfloat16")
+    compare("zigzag, half of the keys", "some documents", 100, OBLONG, EVEN, OLDER, "bfloat16")

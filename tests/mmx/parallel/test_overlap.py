@@ -38,7 +38,7 @@ def spans(instructions):
             started, name = place, match[1]
             ended = next(n for n, later in enumerate(instructions) if f"collective-permute-done(%{name})" in later)
             between = instructions[started:ended]
-            found[name] = any(re.search(r" (conditional|while|custom-call)\(", other) for other in between)
+            found[name] = any(re.search(r" (conditional|while)\(", other) for other in between)
     return found
 
 
@@ -60,6 +60,7 @@ def test_the_ring_travels_while_attention_computes(mesh):
     hlo = compiled.as_text()
     assert not re.search(r" collective-permute\(", hlo), "all of them are asynchronous"
     found = {name: value for part in computations(hlo) for name, value in spans(part).items()}
-    # Keys and values before and in the forward loop and in the backward one; their gradients in the loop and before the
-    # last step. On their way home these are alone.
-    assert sorted(found.values()) == [False] * 2 + [True] * 2 * (2 + 1 + 2)
+    # Keys and values in the forward loop and in the backward one; their gradients in the loop and before the last step.
+    # On their way home these are alone, and so are keys and values on the first hop, which both passes share here: the
+    # compiler does not know that the kernel beside them takes long.
+    assert sorted(found.values()) == [False] * 4 + [True] * 2 * (1 + 1 + 2)
