@@ -5,7 +5,7 @@ Shapes: B batch (1 where all rows are alike), S queries, T keys, H query heads, 
 value channels.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes
@@ -15,6 +15,7 @@ from pallas_kernels.softmax_attention import part, tpu_part
 from pallas_kernels.softmax_attention.pairs import default_block
 from pallas_kernels.softmax_attention.part import Places, visible_blocks
 from pallas_kernels.softmax_attention.tpu import LANES, choose_blocks, unsupported
+from pallas_kernels.softmax_attention.tpu_kernels import Kernels
 from pallas_kernels.softmax_attention.tpu_tables import SCALAR_BYTES, table_bytes
 
 IMPLEMENTATIONS = ("auto", "blocked", "tpu", "tpu_interpret")
@@ -25,8 +26,7 @@ class PartForm(NamedTuple):
 
     slice_length: int  # so many tokens at a time follow each other in the row
     block: int  # in which the tokens are looked through for work
-    kernels: BlockSizes | None = None  # those of the TPU kernels; None for plain JAX
-    interpret: Any = False
+    kernels: Kernels | None = None  # of a TPU; None for plain JAX
 
     def any_work(self, q_places: Places, k_places: Places) -> jax.Array:
         """Whether any query may see any of the keys; True where they are only near each other."""
@@ -56,7 +56,7 @@ class PartForm(NamedTuple):
         operands = q_BSHK, k_BTGK, v_BTGV, q_places, k_places, scale
         if self.kernels is None:
             return part.attention_part(*operands, self.block)
-        return tpu_part.attention_part_tpu(*operands, self.slice_length, self.kernels, self.interpret)
+        return tpu_part.attention_part_tpu(*operands, self.slice_length, self.kernels)
 
     def gradients(
         self,
@@ -83,8 +83,7 @@ class PartForm(NamedTuple):
         operands, cotangents = (q_BSHK, k_BTGK, v_BTGV, q_places, k_places, scale), (do_BSHV, lse_BSH, delta_BSH)
         if self.kernels is None:
             return part.attention_part_gradients(*operands, self.block, *cotangents)
-        how = self.slice_length, self.kernels
-        return tpu_part.attention_part_gradients_tpu(*operands, *how, *cotangents, self.interpret)
+        return tpu_part.attention_part_gradients_tpu(*operands, self.slice_length, self.kernels, *cotangents)
 
 
 def choose_form(
@@ -120,7 +119,7 @@ def choose_form(
     if reason is None:
         # jax's older interpreter: the one that knows uninitialised memory waits for all devices at each kernel, and
         # a rank that has nothing to do never comes.
-        return plain._replace(kernels=blocks, interpret=implementation == "tpu_interpret")
+        return plain._replace(kernels=Kernels(blocks, interpret=implementation == "tpu_interpret"))
     if implementation != "auto":
         raise NotImplementedError(f"implementation={implementation!r} cannot run: {reason}")
     say_once(f"ring attention takes its plain form, not the TPU kernels: {reason}")

@@ -1,26 +1,23 @@
 """Softmax attention of some tokens of a row to some others of its keys, by splash attention's TPU kernels.
 
-jax's own operation around these kernels refuses to differentiate what gives away the log-sum-exp, and its backward pass
-takes the one of its own keys. Attention to parts of the keys needs the log-sum-exp of each part to join them, and that
-of all keys in the backward pass. So the kernels, forward and backward, are called directly here; they are private to
-jax, whose versions ``setup.py`` bounds. ``part.py`` is the same in plain JAX.
+``part.py`` is the same in plain JAX.
 
 Shapes: B batch (1 where all rows are alike), S queries, T keys, H query heads, G key-value heads, K key channels, V
 value channels, N slices of keys.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes, SegmentIds
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
 from pallas_kernels.softmax_attention.pairs import FLOOR
 from pallas_kernels.softmax_attention.part import NOWHERE, Places
-from pallas_kernels.softmax_attention.tpu_tables import key_tables, largest_block, not_behind, query_tables
+from pallas_kernels.softmax_attention.tpu_kernels import Kernels
+from pallas_kernels.softmax_attention.tpu_tables import key_tables, largest_block, query_tables
 
 # The log-sum-exp of padded queries: above any score, so that they take no part in gradients.
 _CEILING = -FLOOR
@@ -34,34 +31,27 @@ def attention_part_tpu(
     k_places: Places,
     scale: float,
     slice_length: int,
-    blocks: BlockSizes,
-    interpret: Any = False,
+    kernels: Kernels,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention to these keys alone, as ``attention_part``.
 
     Args:
       slice_length: so many keys at a time follow each other in the row; T is a multiple.
-      blocks: sizes of the kernels' blocks, powers of two from 128.
-      interpret: what ``pallas_call`` takes.
+      kernels: with blocks of powers of two from 128 tokens.
 
     Returns:
       o [B, S, H, V], in the dtype of the operands: the kernel rounds it. The log-sum-exp of the scores [B, S, H], fp32.
       0 and hugely negative for queries that see none of the keys.
     """
 
+    blocks = kernels.blocks
+
     def one_row(row: _Row):
-        return splash._splash_attention_forward(
-            row.query_tables(blocks.block_q, blocks.block_kv),
-            *(row.q_HSK, row.k_GTK, row.v_GTV, row.segment_ids, None),
-            **_SETTINGS,
-            block_sizes=blocks,
-            residual_checkpoint_name=None,
-            save_residuals=True,
-            interpret=interpret,
-        )
+        tables = row.query_tables(blocks.block_q, blocks.block_kv)
+        return kernels.forward(row.q_HSK, row.k_GTK, row.v_GTV, row.segment_ids, tables)
 
     rows = _rows(q_BSHK, k_BTGK, v_BTGV, q_places, k_places, scale, slice_length, blocks)
-    o_BHSV, (lse_BHS,) = lax.map(one_row, rows)
+    o_BHSV, lse_BHS = lax.map(one_row, rows)
     S = q_BSHK.shape[1]
     o_BSHV, lse_BSH = o_BHSV.swapaxes(1, 2)[:, :S], lse_BHS.swapaxes(1, 2)[:, :S]
     # A query without any block of keys comes as 0 / 0, and one whose scores are all masked as the mean of the values.
@@ -76,11 +66,10 @@ def attention_part_gradients_tpu(
     k_places: Places,
     scale: float,
     slice_length: int,
-    blocks: BlockSizes,
+    kernels: Kernels,
     do_BSHV: jax.Array,
     lse_BSH: jax.Array,
     delta_BSH: jax.Array,
-    interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """What these keys contribute to the gradients of attention to all keys, as ``attention_part_gradients``.
 
@@ -88,36 +77,14 @@ def attention_part_gradients_tpu(
       dq [B, S, H, K], dk [B, T, G, K], dv [B, T, G, V], fp32, but of values that the kernels rounded to the dtype of
       the operands.
     """
-    settings = _SETTINGS | {name: getattr(blocks, name) for name in ("q_layout", "k_layout", "v_layout")}
+    blocks = kernels.blocks
 
     def one_row(of_row):
-        row, do_HSV, lse_HS, delta_HS = of_row
+        row, *of_queries = of_row
         q_tables = row.query_tables(blocks.block_q_dq, blocks.block_kv_dq)
         k_tables = row.key_tables(blocks.block_q_dkv, blocks.block_kv_dkv)
-
-        def kernels(q_HSK, do_HSV, lse_HS, delta_HS, k_GTK, v_GTV):
-            operands = q_HSK, k_GTK, v_GTV, row.segment_ids, None, lse_HS, do_HSV, delta_HS
-            dq_HSK = splash._splash_attention_bwd_dq(
-                *operands,
-                **settings,
-                bq=blocks.block_q_dq,
-                bkv=blocks.block_kv_dq,
-                mask_info=q_tables,
-                interpret=interpret,
-            )
-            _, dk_GTK, dv_GTV = splash._splash_attention_bwd_dkv(
-                *operands,
-                **settings,
-                bq=blocks.block_q_dkv,
-                bkv=blocks.block_kv_dkv,
-                bkv_compute=blocks.block_kv_dkv_compute,
-                mask_info=k_tables,
-                use_fused_bwd_kernel=False,
-                interpret=interpret,
-            )
-            return dq_HSK, dk_GTK, dv_GTV
-
-        return _on_two_cores(kernels, (row.q_HSK, do_HSV, lse_HS, delta_HS), (row.k_GTK, row.v_GTV))
+        of_keys = row.k_GTK, row.v_GTV
+        return kernels.backward((row.q_HSK, *of_queries), of_keys, row.segment_ids, q_tables, k_tables)
 
     rows = _rows(q_BSHK, k_BTGK, v_BTGV, q_places, k_places, scale, slice_length, blocks)
     padding = -q_BSHK.shape[1] % largest_block(blocks)
@@ -132,39 +99,6 @@ def attention_part_gradients_tpu(
         for x, like in zip(found, (q_BSHK, k_BTGK, v_BTGV), strict=True)
     )
     return dq_BSHK * scale, dk_BTGK, dv_BTGV
-
-
-def _on_two_cores(kernels: Callable, of_queries: tuple[jax.Array, ...], of_keys: tuple[jax.Array, ...]):
-    """``kernels(*of_queries, *of_keys)``, on both cores of a chip that has two.
-
-    The kernels of the backward pass declare that their grids run in order, which is on one core. A dimension that vmap
-    adds runs on both: here the two halves of the heads.
-    """
-    H, G = len(of_queries[0]), len(of_keys[0])
-    if H % 2 or (G > 1 and G % 2):
-        return kernels(*of_queries, *of_keys)
-
-    def halve(x):
-        return x.reshape(2, -1, *x.shape[1:])
-
-    of_queries = tuple(map(halve, of_queries))
-    if G == 1:
-        dq_2HSK, *dkv_2GT = jax.vmap(lambda *halves: kernels(*halves, *of_keys))(*of_queries)
-        # Each half of the query heads has a share in the gradients of the one head of keys.
-        dk_GTK, dv_GTV = (jnp.sum(x, axis=0, dtype=jnp.float32) for x in dkv_2GT)
-    else:
-        dq_2HSK, *dkv_2GT = jax.vmap(kernels)(*of_queries, *map(halve, of_keys))
-        dk_GTK, dv_GTV = (x.reshape(-1, *x.shape[2:]) for x in dkv_2GT)
-    return dq_2HSK.reshape(-1, *dq_2HSK.shape[2:]), dk_GTK, dv_GTV
-
-
-# What all kernels are told alike.
-_SETTINGS = {
-    "mask_value": splash.DEFAULT_MASK_VALUE,
-    "is_mqa": False,
-    "mask_function": not_behind,
-    "attn_logits_soft_cap": None,
-}
 
 
 class _Row(NamedTuple):

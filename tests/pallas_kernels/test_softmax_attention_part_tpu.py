@@ -14,6 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes
 
 from pallas_kernels.softmax_attention.part import Places, attention_part, attention_part_gradients
+from pallas_kernels.softmax_attention.tpu_kernels import Kernels
 from pallas_kernels.softmax_attention.tpu_part import attention_part_gradients_tpu, attention_part_tpu
 
 STRICT, OLDER = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True), True
@@ -64,8 +65,8 @@ def operands(length, heads, dtype):
 
 @functools.partial(jax.jit, static_argnames=("slice_length", "blocks", "interpret"))
 def by_kernels(q, k, v, do, lse, delta, q_places, k_places, slice_length, blocks, interpret):
-    part = q, k, v, q_places, k_places, SCALE, slice_length, blocks
-    return attention_part_tpu(*part, interpret), attention_part_gradients_tpu(*part, do, lse, delta, interpret)
+    part = q, k, v, q_places, k_places, SCALE, slice_length, Kernels(blocks, interpret)
+    return attention_part_tpu(*part), attention_part_gradients_tpu(*part, do, lse, delta)
 
 
 @jax.jit
