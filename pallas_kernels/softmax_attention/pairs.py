@@ -12,6 +12,10 @@ import numpy as np
 
 from pallas_kernels.platform import target_platform
 
+# Name of the output and the log-sum-exp inside. A rematerialisation policy that keeps them saves the backward pass a
+# second forward pass.
+SOFTMAX_RESIDUALS = "softmax_residuals"
+
 # Tokens in a block, by target platform.
 _BLOCK = {"cpu": 256, "gpu": 1024, "tpu": 512}
 # Score of a pair that may not interact. Finite, so that a difference of two of them is not a NaN.

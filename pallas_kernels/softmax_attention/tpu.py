@@ -17,6 +17,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel im
 )
 
 from pallas_kernels.segments import document_runs
+from pallas_kernels.softmax_attention.pairs import SOFTMAX_RESIDUALS
 from pallas_kernels.softmax_attention.part import Places
 from pallas_kernels.softmax_attention.tpu_tables import (
     SCALAR_BYTES,
@@ -26,10 +27,6 @@ from pallas_kernels.softmax_attention.tpu_tables import (
     query_tables,
     table_bytes,
 )
-
-# Name of the output and the log-sum-exp inside. A rematerialisation policy that keeps them saves the backward pass a
-# second forward pass.
-SOFTMAX_RESIDUALS = "softmax_residuals"
 
 LANES = 128
 _CHANNELS = (64, 128, 256)

@@ -14,7 +14,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from pallas_kernels.aot import CHIPS, compile_for_chip, missing_compiler
-from pallas_kernels.softmax_attention import softmax_attention, tpu, tpu_tables
+from pallas_kernels.softmax_attention import SOFTMAX_RESIDUALS, softmax_attention, tpu, tpu_tables
 from pallas_kernels.softmax_attention.part import Places
 from pallas_kernels.softmax_attention.reference import softmax_attention_reference
 
@@ -117,6 +117,23 @@ def test_auto_takes_the_kernels_on_a_mesh_of_tpus():
     assert "splash_mha_fwd" not in traced()
     with tpu_mesh():
         assert "splash_mha_fwd" in traced()
+
+
+def test_a_policy_keeps_the_output_once_and_needs_no_second_pass():
+    S, H, G, K, V = 128, 2, 1, 64, 128
+    arguments = [jax.ShapeDtypeStruct((1, S, heads, width), jnp.float32) for heads, width in ((H, K), (G, K), (G, V))]
+    layer = lambda q, k, v: jnp.sin(softmax_attention(q, k, v))  # noqa: E731
+
+    def kept(*names):
+        policy = jax.checkpoint_policies.save_only_these_names(*names)
+        pull = lambda *arguments: jax.vjp(jax.checkpoint(layer, policy=policy), *arguments)[1]  # noqa: E731
+        both = lambda *arguments: pull(*arguments)(jnp.ones((1, S, H, V)))  # noqa: E731
+        held = [x.size for x in jax.tree.leaves(jax.eval_shape(pull, *arguments)) if x.size in (S * H * V, S * H)]
+        return sorted(held), str(jax.make_jaxpr(both)(*arguments)).count("name=splash_mha_fwd")
+
+    with tpu_mesh():
+        assert kept(SOFTMAX_RESIDUALS) == ([S * H, S * H * V], 1)
+        assert kept() == ([], 2)
 
 
 @pytest.mark.parametrize(
