@@ -43,7 +43,6 @@ def attention_part_tpu(
       o [B, S, H, V], in the dtype of the operands: the kernel rounds it. The log-sum-exp of the scores [B, S, H], fp32.
       0 and hugely negative for queries that see none of the keys.
     """
-
     blocks = kernels.blocks
 
     def one_row(row: _Row):

@@ -14,8 +14,10 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes
 
 from pallas_kernels.softmax_attention.part import Places, attention_part, attention_part_gradients
+from pallas_kernels.softmax_attention.part_op import choose_form
 from pallas_kernels.softmax_attention.tpu_kernels import Kernels
 from pallas_kernels.softmax_attention.tpu_part import attention_part_gradients_tpu, attention_part_tpu
+from tests.pallas_kernels.test_softmax_attention_tpu import tpu_mesh
 
 STRICT, OLDER = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True), True
 SMALL = BlockSizes(*[128] * 8)
@@ -133,3 +135,43 @@ def test_halves_of_the_heads_share_their_keys():
 
 def test_training_precision():
     compare("zigzag, half of the keys", "some documents", 100, OBLONG, EVEN, OLDER, "bfloat16")
+
+
+def form(dtype="bfloat16", channels=128, tokens=1024, **how):
+    q = jax.ShapeDtypeStruct((1, tokens, 4, channels), dtype)
+    return choose_form(q, q, tokens // 2, **how)
+
+
+def test_the_mesh_decides_not_the_host():
+    assert form().kernels is None
+    with tpu_mesh():
+        assert form().kernels == Kernels(BlockSizes(*[1024, 1024, 512] * 2, 1024, 1024), interpret=False)
+        assert form(block=128).kernels.blocks == SMALL
+        assert form(implementation="blocked").kernels is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"dtype": "float16"}, "bfloat16 and float32"),
+        ({"channels": 96}, "64, 128 or 256 channels"),
+        ({"block": 100}, "blocks of a multiple of 128 tokens, not 100"),
+        ({"tokens": 2**20}, "tables for 1,048,576 tokens of a rank"),
+        ({"tokens": 2**19, "channels": 256}, "tables for 524,288 tokens of a rank"),
+    ],
+)
+def test_auto_falls_back_with_a_reason(arguments, reason, caplog):
+    with tpu_mesh():
+        assert form(**arguments).kernels is None
+        assert reason in caplog.text
+        with pytest.raises(NotImplementedError, match=reason):
+            form(**arguments, implementation="tpu")
+        # Half a million tokens of a rank at the released model's heads are taken.
+        assert form(tokens=2**19).kernels is not None
+
+
+def test_forced_forms_say_why_they_cannot_run():
+    with pytest.raises(NotImplementedError, match="traced for cpu; 'tpu_interpret'"):
+        form(implementation="tpu")
+    with pytest.raises(ValueError, match="'gpu' is not one of auto, blocked, tpu, tpu_interpret"):
+        form(implementation="gpu")
