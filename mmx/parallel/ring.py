@@ -105,6 +105,9 @@ def _ring(q_BSHK, k_BSGK, v_BSGK, runs_BS, all_BT, ring: _Ring):
 
 
 def _ring_forward(q_BSHK, k_BSGK, v_BSGK, runs_BS, all_BT, ring: _Ring):
+    # Tied to q: rematerialisation would run the ring's loop for what depends on the documents alone, and the constants
+    # beside it, once for both passes, and keep that of every step.
+    q_BSHK, runs_BS, all_BT = lax.optimization_barrier((q_BSHK, runs_BS, all_BT))
     scale, own = q_BSHK.shape[-1] ** -0.5, ring.places(all_BT, runs_BS, 0)
 
     def join(seen, here: _Travelling, step):

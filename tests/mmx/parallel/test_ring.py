@@ -1,6 +1,7 @@
 """Ring attention against one device, values and gradients."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -181,6 +182,30 @@ def test_kept_residuals_spare_the_backward_pass_a_ring():
     # Keys and values, three steps.
     assert sent(jax.checkpoint_policies.nothing_saveable) == 3 * 2 * 3
     assert sent(jax.checkpoint_policies.save_only_these_names(RING_RESIDUALS)) == 2 * 2 * 3
+
+
+@pytest.mark.parametrize("implementation", ["blocked", "tpu_interpret"])
+def test_recomputation_keeps_nothing_of_the_steps(implementation):
+    # What depends on the documents alone is the same in all layers: rematerialisation would compute it once, in a ring
+    # of its own, and keep it for every step, constants in the shape of the output among it.
+    ranks, layout = 8, SequenceLayout("zigzag")
+    local = functools.partial(ring_attention, axis=AXIS, layout=layout, implementation=implementation)
+    island = jax.shard_map(local, mesh=rank_mesh(ranks), in_specs=(TOKENS,) * 4, out_specs=TOKENS, check_vma=False)
+
+    def loss(x, segment_ids):
+        @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
+        def layer(x, _):
+            keys = x[:, :, :G]
+            return x + island(x, keys, keys, segment_ids), None
+
+        return jnp.sum(jax.lax.scan(layer, x, None, length=3)[0])
+
+    sharding = jax.NamedSharding(rank_mesh(ranks), TOKENS)
+    of = lambda *shape, dtype: jax.ShapeDtypeStruct((1, 2048, *shape), dtype, sharding=sharding)  # noqa: E731
+    with jax.set_mesh(rank_mesh(ranks)):
+        program = str(jax.make_jaxpr(jax.grad(loss))(of(H, 64, dtype=jnp.float32), of(dtype=jnp.int32)))
+    assert f"length={ranks - 2}" in program
+    assert not re.findall(rf"\w+\[{ranks - 2},[\d,]+\]", program)
 
 
 def test_no_score_matrix():
