@@ -54,7 +54,7 @@ def attention_part_tpu(
     S = q_BSHK.shape[1]
     o_BSHV, lse_BSH = o_BHSV.swapaxes(1, 2)[:, :S], lse_BHS.swapaxes(1, 2)[:, :S]
     # A query without any block of keys comes as 0 / 0, and one whose scores are all masked as the mean of the values.
-    # The constants are tied to it: rematerialisation would keep them, in the shape of o, as what depends on no parameter.
+    # The constants are tied to it: rematerialisation would keep them, in the shape of o, for what depends on no weight.
     lse_BSH, floor, nothing = lax.optimization_barrier((lse_BSH, jnp.float32(FLOOR), jnp.zeros((), o_BSHV.dtype)))
     return jnp.where((lse_BSH > floor)[..., None], o_BSHV, nothing), jnp.maximum(lse_BSH, floor)
 
