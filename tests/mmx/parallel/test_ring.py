@@ -117,7 +117,12 @@ def wide_on_one_device(name):
 
 @pytest.mark.parametrize(
     ("ranks", "layout"),
-    [(2, "zigzag"), (4, "contiguous"), (4, "balanced"), pytest.param(8, "zigzag", marks=pytest.mark.slow)],
+    [
+        (2, "zigzag"),
+        (4, "balanced"),
+        pytest.param(4, "contiguous", marks=pytest.mark.slow),
+        pytest.param(8, "zigzag", marks=pytest.mark.slow),
+    ],
 )
 def test_kernels_serve_the_ring(ranks, layout):
     *qkv, do = wide_operands()
