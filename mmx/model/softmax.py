@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import jax
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from mmx.config import ModelConfig
 from mmx.model.layout import HEADS_OF_TOKENS, SLICES, heads_axes, stream_axes
@@ -65,11 +64,11 @@ class SoftmaxAttention(nnx.Module):
         return self._finish(o_BSHK), KeyValues(k_BSGK, v_BSGK)
 
     def _attend(self, q_BSHK, k_BSGK, v_BSGK, segment_ids_BS, slice_ids_BN):
+        # Both name their result themselves, together with what their backward pass needs.
         if axis_size("context") > 1:
-            # It names its result itself, together with what its backward pass needs.
             operands = q_BSHK, k_BSGK, v_BSGK, segment_ids_BS
             return ring_attention(*operands, axis="context", layout=self.layout, slice_ids_BN=slice_ids_BN)
-        return checkpoint_name(softmax_attention(q_BSHK, k_BSGK, v_BSGK, segment_ids_BS=segment_ids_BS), "attention")
+        return softmax_attention(q_BSHK, k_BSGK, v_BSGK, segment_ids_BS=segment_ids_BS)
 
     def step(
         self, x_BD: jax.Array, rope: RopeTable, cache: KeyValues, slot: jax.Array, valid_BT: jax.Array

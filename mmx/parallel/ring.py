@@ -22,13 +22,9 @@ from jax.ad_checkpoint import checkpoint_name
 from mmx.parallel.sequence_layout import SequenceLayout
 from mmx.parallel.slices import survey
 from pallas_kernels.softmax_attention import softmax_attention
-from pallas_kernels.softmax_attention.pairs import accumulation_dtype, default_block
-from pallas_kernels.softmax_attention.part import (
-    Places,
-    attention_part,
-    attention_part_gradients,
-    visible_blocks,
-)
+from pallas_kernels.softmax_attention.pairs import accumulation_dtype
+from pallas_kernels.softmax_attention.part import Places
+from pallas_kernels.softmax_attention.part_op import PartForm, choose_form
 
 # Name of the output and the log-sum-exp inside. A rematerialisation policy that keeps them saves the backward pass a
 # second forward ring.
@@ -45,6 +41,7 @@ def ring_attention(
     layout: SequenceLayout,
     slice_ids_BN: jax.Array | None = None,
     block: int | None = None,
+    implementation: str = "auto",
 ) -> jax.Array:
     """Softmax attention of rows split over ``axis``; call it inside a ``shard_map`` where that axis is manual.
 
@@ -57,23 +54,26 @@ def ring_attention(
       layout: which slices each rank holds.
       slice_ids_BN: this rank's slices of each row, in a layout that depends on the documents; else None.
       block: tokens in a block; the target platform's if None.
+      implementation: of the parts, as ``choose_form`` takes it.
 
     Returns:
       o [B, S, H, K] of the local tokens, in v's dtype; scale 1/sqrt(K), softmax and sums in fp32.
+
+    Raises:
+      NotImplementedError: if a forced implementation cannot run, with the reason.
     """
     if lax.axis_size(axis) == 1:
         return softmax_attention(q_BSHK, k_BSGK, v_BSGK, segment_ids_BS=segment_ids_BS)
     slices = survey(segment_ids_BS, slice_ids_BN, q_BSHK.shape[1], axis, layout)
-    block = default_block(slices.length) if block is None else block
-    return _ring(q_BSHK, k_BSGK, v_BSGK, slices.runs_BS, slices.all_BT, _Ring(axis, slices.length, block))
+    ring = _Ring(axis, choose_form(q_BSHK, v_BSGK, slices.length, block, implementation))
+    return _ring(q_BSHK, k_BSGK, v_BSGK, slices.runs_BS, slices.all_BT, ring)
 
 
 class _Ring(NamedTuple):
     """What is static."""
 
     axis: str
-    slice_length: int
-    block: int
+    form: PartForm
 
     @property
     def size(self) -> int:
@@ -89,7 +89,7 @@ class _Ring(NamedTuple):
         rank = (lax.axis_index(self.axis) - step) % self.size
         N = all_BT.shape[1] // self.size
         ids_BN = lax.dynamic_slice_in_dim(all_BT, rank * N, N, axis=1)
-        positions_BNL = ids_BN[..., None] * self.slice_length + jnp.arange(self.slice_length, dtype=jnp.int32)
+        positions_BNL = ids_BN[..., None] * self.form.slice_length + jnp.arange(self.form.slice_length, dtype=jnp.int32)
         return Places(positions_BNL.reshape(ids_BN.shape[0], -1), runs_BS)
 
 
@@ -105,18 +105,21 @@ def _ring(q_BSHK, k_BSGK, v_BSGK, runs_BS, all_BT, ring: _Ring):
 
 
 def _ring_forward(q_BSHK, k_BSGK, v_BSGK, runs_BS, all_BT, ring: _Ring):
+    # Tied to q: rematerialisation would run the ring's loop for what depends on the documents alone, and the constants
+    # beside it, once for both passes, and keep that of every step.
+    q_BSHK, runs_BS, all_BT = lax.optimization_barrier((q_BSHK, runs_BS, all_BT))
     scale, own = q_BSHK.shape[-1] ** -0.5, ring.places(all_BT, runs_BS, 0)
 
     def join(seen, here: _Travelling, step):
         places = ring.places(all_BT, here.runs_BS, step)
 
         def with_part(o_BSHK, lse_BSH):
-            o_part, lse_part = attention_part(q_BSHK, here.k_BSGK, here.v_BSGK, own, places, scale, ring.block)
+            o_part, lse_part = ring.form.attention(q_BSHK, here.k_BSGK, here.v_BSGK, own, places, scale)
             lse = jnp.logaddexp(lse_BSH, lse_part)
             old, new = jnp.exp(lse_BSH - lse)[..., None], jnp.exp(lse_part - lse)[..., None]
             return old * o_BSHK + new * o_part, lse
 
-        return lax.cond(_any_work(own, places, ring.block), with_part, lambda *seen: seen, *seen)
+        return lax.cond(ring.form.any_work(own, places), with_part, lambda *seen: seen, *seen)
 
     def step(carry, step):
         here, seen = carry
@@ -126,7 +129,8 @@ def _ring_forward(q_BSHK, k_BSGK, v_BSGK, runs_BS, all_BT, ring: _Ring):
     here = _Travelling(k_BSGK, v_BSGK, runs_BS)
     coming = ring.forward(here)
     # The first step has every query see itself, so that the log-sum-exps are real from here on.
-    seen = attention_part(q_BSHK, k_BSGK, v_BSGK, own, own, scale, ring.block)
+    o_BSHK, lse_BSH = ring.form.attention(q_BSHK, k_BSGK, v_BSGK, own, own, scale)
+    seen = o_BSHK.astype(lse_BSH.dtype), lse_BSH
     (here, seen), _ = lax.scan(step, (coming, seen), jnp.arange(1, ring.size - 1, dtype=jnp.int32))
     o_BSHK, lse_BSH = join(seen, here, ring.size - 1)
     o_BSHK = checkpoint_name(o_BSHK.astype(v_BSGK.dtype), RING_RESIDUALS)
@@ -140,14 +144,14 @@ def _ring_backward(ring: _Ring, residuals, do_BSHK):
     delta_BSH = jnp.sum(do_BSHK.astype(lse_BSH.dtype) * o_BSHK, axis=-1)
 
     def part(here: _Travelling, places: Places):
-        operands = (q_BSHK, here.k_BSGK, here.v_BSGK, own, places, scale, ring.block)
-        return attention_part_gradients(*operands, do_BSHK, lse_BSH, delta_BSH)
+        operands = (q_BSHK, here.k_BSGK, here.v_BSGK, own, places, scale)
+        return ring.form.gradients(*operands, do_BSHK, lse_BSH, delta_BSH)
 
     def add(dq_BSHK, here: _Travelling, dkv, step):
         """Gradients with this step's share, once those of the keys and values that are here have come after them."""
         places = ring.places(all_BT, here.runs_BS, step)
         idle = lambda here, places: tuple(jnp.zeros(x.shape, dtype) for x in (q_BSHK, *here[:2]))  # noqa: E731
-        dq, *more = lax.cond(_any_work(own, places, ring.block), part, idle, here, places)
+        dq, *more = lax.cond(ring.form.any_work(own, places), part, idle, here, places)
         return dq_BSHK + dq, jax.tree.map(jnp.add, dkv, tuple(more))
 
     def step(carry, step):
@@ -168,8 +172,3 @@ def _ring_backward(ring: _Ring, residuals, do_BSHK):
 
 
 _ring.defvjp(_ring_forward, _ring_backward)
-
-
-def _any_work(q_places: Places, k_places: Places, block: int) -> jax.Array:
-    first_N, end_N = visible_blocks(q_places, k_places, block)
-    return jnp.any(first_N < end_N)

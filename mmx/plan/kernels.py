@@ -1,8 +1,8 @@
 """How long a Pallas kernel's call takes, predicted.
 
-Lightning attention by the cycles that the compiler counted for it, kept in the table of its tiles; other kernels, which
-the static profiler does not follow, at the chip's peak FLOP/s: an optimistic guess, which the calibration holds to
-account.
+Lightning attention and splash attention by the cycles that the compiler counted for them, kept in tables beside them;
+other kernels, which the static profiler does not follow, at the chip's peak FLOP/s: an optimistic guess, which the
+calibration holds to account. Splash attention's cycles are those of the blocks that it computes.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
-from mmx.plan.work import Kernel
+from mmx.plan.work import Kernel, splash_kernel
 from pallas_kernels.aot.chips import Chip
 from pallas_kernels.lightning_attention.tpu_tiles import TABLE
+from pallas_kernels.softmax_attention.tpu_figures import share_of_peak
 
 
 def kernel_seconds(chip: Chip) -> Callable[[Kernel], float]:
@@ -24,6 +25,9 @@ def kernel_seconds(chip: Chip) -> Callable[[Kernel], float]:
     def seconds(kernel: Kernel) -> float:
         if kernel.token_heads and lightning:
             return kernel.token_heads * lightning["forward" if "forward" in kernel.name else "backward"] * 1e-9
-        return kernel.flops / chip.flops
+        share = 1.0
+        if kernel.name.startswith("splash"):
+            share = share_of_peak(chip.device_kind, splash_kernel(kernel.name), kernel.halved) or 1.0
+        return kernel.flops / (share * chip.flops)
 
     return seconds

@@ -1,8 +1,10 @@
 """What an instruction of a compiled TPU program does: FLOPs, bytes through HBM, and which part of the model it is.
 
 Kernels say nothing of themselves in the program. Theirs is counted from their operands, as if every row were one
-document: lightning attention as the tokens and heads that it works on, splash attention by the causal half of its
-pairs, megablox by all the rows of its buffer, of which a dropless exchange may leave most empty.
+document: lightning attention as the tokens and heads that it works on, splash attention by half of its pairs, megablox
+by all the rows of its buffer, of which a dropless exchange may leave most empty. Half of the pairs is what causal
+attention of a whole row has, and each step of a ring in the zigzag layout; in the contiguous layout it is the ranks'
+mean, and the last rank has up to twice that.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import re
 import numpy as np
 
 from mmx.plan.hlo import Array, Instruction, Program, arrays
+from pallas_kernels.softmax_attention.tpu_figures import PRODUCTS
 
 # Files of ours and the part of the model that they are; the innermost known frame of an instruction decides.
 PARTS = {
@@ -60,6 +63,7 @@ class Kernel:
     name: str
     flops: float
     token_heads: int  # of lightning attention; 0 for others
+    halved: bool = False  # splash attention: two halves of the heads, which two cores share
 
 
 def part(program: Program, instruction: Instruction) -> str:
@@ -98,23 +102,29 @@ def kernel(body: dict[str, Instruction], instruction: Instruction) -> Kernel | N
     results = arrays(instruction.result)
     if name.startswith("lightning_attention"):
         state = next(a for a in results if a.dtype == "f32" and len(a.shape) == 4)
-        _, H, K, V = state.shape
+        *_, K, V = state.shape
         tokens = max((a for a in results if a.dtype != "f32"), key=lambda a: a.size, default=results[0])
         token_heads = math.prod(tokens.shape) // V
         # The recurrent form: what has to be done, whatever the kernel's blocks add.
         passes = 1 if "forward" in name else 2
         return Kernel(name, passes * token_heads * 4.0 * K * V, token_heads)
     if name.startswith("splash"):
-        wide = [a for a in (*operands, *results) if len(a.shape) == 3]
-        H, S, D = max(wide, key=lambda a: a.shape[0] * a.shape[1]).shape
-        products = 3 if "dq" in name else 4 if "dkv" in name else 2
-        return Kernel(name, products * 2.0 * H * D * S * (S + 1) / 2, 0)
+        # [heads, tokens, channels], with the two halves of the heads in front where they are halved.
+        wide = [a for a in (*operands, *results) if len(a.shape) in (3, 4)]
+        *heads, S, D = max(wide, key=lambda a: math.prod(a.shape[:-1])).shape
+        products = PRODUCTS[splash_kernel(name)]
+        return Kernel(name, products * 2.0 * math.prod(heads) * D * S * (S + 1) / 2, 0, len(heads) > 1)
     if "gmm" in name:
         rows = max((a for a in operands if len(a.shape) == 2), key=lambda a: a.size, default=None)
         matrices = max((a for a in (*operands, *results) if len(a.shape) == 3), key=lambda a: a.size, default=None)
         if rows and matrices:
             return Kernel(name, 2.0 * rows.shape[0] * matrices.shape[-1] * matrices.shape[-2], 0)
     return Kernel(name, 0.0, 0)
+
+
+def splash_kernel(name: str) -> str:
+    """Which of ``PRODUCTS`` a kernel of splash attention is."""
+    return next(kernel for kernel in PRODUCTS if f"_{kernel}_" in name)
 
 
 def _fusion(program: Program, body: dict[str, Instruction], instruction: Instruction) -> Work:

@@ -2,6 +2,6 @@
 
 from pallas_kernels.softmax_attention.decode import softmax_attention_step
 from pallas_kernels.softmax_attention.op import IMPLEMENTATIONS, softmax_attention
-from pallas_kernels.softmax_attention.tpu import SOFTMAX_RESIDUALS
+from pallas_kernels.softmax_attention.pairs import SOFTMAX_RESIDUALS
 
 __all__ = ["IMPLEMENTATIONS", "SOFTMAX_RESIDUALS", "softmax_attention", "softmax_attention_step"]

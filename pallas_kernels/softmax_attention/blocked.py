@@ -16,9 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.segments import document_positions, document_runs
 from pallas_kernels.softmax_attention.pairs import (
+    SOFTMAX_RESIDUALS,
     OnlineSoftmax,
     join_blocks,
     pair_gradients,
@@ -97,7 +99,8 @@ def _forward(q_BSHK, k_BSGK, v_BSGV, segment_ids_BS, scale, block):
         return o.astype(v_BSGV.dtype), lse
 
     o_NBGRCV, lse_NBGRC = lax.map(one_query_block, jnp.arange(blocks.q_NBGRCK.shape[0], dtype=jnp.int32))
-    o_BSHV = join_blocks(o_NBGRCV, q_BSHK.shape[1])
+    o_BSHV = checkpoint_name(join_blocks(o_NBGRCV, q_BSHK.shape[1]), SOFTMAX_RESIDUALS)
+    lse_NBGRC = checkpoint_name(lse_NBGRC, SOFTMAX_RESIDUALS)
     return o_BSHV, (q_BSHK, k_BSGK, v_BSGV, segment_ids_BS, o_BSHV, lse_NBGRC)
 
 

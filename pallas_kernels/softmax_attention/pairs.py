@@ -12,12 +12,16 @@ import numpy as np
 
 from pallas_kernels.platform import target_platform
 
+# Name of the output and the log-sum-exp inside. A rematerialisation policy that keeps them saves the backward pass a
+# second forward pass.
+SOFTMAX_RESIDUALS = "softmax_residuals"
+
 # Tokens in a block, by target platform.
 _BLOCK = {"cpu": 256, "gpu": 1024, "tpu": 512}
 # Score of a pair that may not interact. Finite, so that a difference of two of them is not a NaN.
 _MASKED = -1e30
 # Below any real score and far above a masked one, whose exponential is then 0 even in a row without a real score.
-_FLOOR = _MASKED / 2
+FLOOR = _MASKED / 2
 
 
 class OnlineSoftmax(NamedTuple):
@@ -31,7 +35,7 @@ class OnlineSoftmax(NamedTuple):
     def start(cls, q_BGRCK: jax.Array, channels: int) -> "OnlineSoftmax":
         """Nothing yet; ``channels`` is V."""
         rows, dtype = q_BGRCK.shape[:-1], accumulation_dtype(q_BGRCK)
-        return cls(jnp.zeros((*rows, channels), dtype), jnp.full(rows, _FLOOR, dtype), jnp.zeros(rows, dtype))
+        return cls(jnp.zeros((*rows, channels), dtype), jnp.full(rows, FLOOR, dtype), jnp.zeros(rows, dtype))
 
     def fold(self, scores_BGRCC: jax.Array, v_BGCV: jax.Array) -> "OnlineSoftmax":
         """With a block of keys more."""

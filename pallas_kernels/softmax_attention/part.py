@@ -26,7 +26,7 @@ from pallas_kernels.softmax_attention.pairs import (
 )
 
 # Where padded keys lie: behind every query.
-_NOWHERE = np.iinfo(np.int32).max
+NOWHERE = np.iinfo(np.int32).max
 
 
 class Places(NamedTuple):
@@ -138,14 +138,22 @@ def visible_blocks(
     Returns:
       first [N] and end [N]; nothing where first is not below end. NumPy arrays for NumPy places.
     """
-    (q_first, q_last), (k_first, k_last) = q_places.edges(block), k_places.edges(k_block or block)
-    end_BN = (k_first.positions_BS[:, None] <= q_last.positions_BS[..., None]).sum(-1)
+    first_BN, end_BN = block_ranges(q_places, k_places, block, k_block or block)
     if q_places.runs_BS is None:
-        return 0 * end_BN.max(0), end_BN.max(0)
-    first_BN = (k_last.runs_BS[:, None] < q_first.runs_BS[..., None]).sum(-1)
+        return first_BN.min(0), end_BN.max(0)
     # Rows that look at nothing do not widen the range of the others.
     idle_BN = first_BN >= end_BN
-    return (first_BN + idle_BN * k_first.runs_BS.shape[1]).min(0), (end_BN * ~idle_BN).max(0)
+    M = -(-k_places.positions_BS.shape[1] // (k_block or block))
+    return (first_BN + idle_BN * M).min(0), (end_BN * ~idle_BN).max(0)
+
+
+def block_ranges(q_places: Places, k_places: Places, q_block: int, k_block: int) -> tuple[jax.Array, jax.Array]:
+    """``visible_blocks`` of each row, [B, N] each: neither first nor end ever falls along N."""
+    (q_first, q_last), (k_first, k_last) = q_places.edges(q_block), k_places.edges(k_block)
+    end_BN = (k_first.positions_BS[:, None] <= q_last.positions_BS[..., None]).sum(-1)
+    if q_places.runs_BS is None:
+        return 0 * end_BN, end_BN
+    return (k_last.runs_BS[:, None] < q_first.runs_BS[..., None]).sum(-1), end_BN
 
 
 class _Cut(NamedTuple):
@@ -193,4 +201,4 @@ def _cut_places(places: Places, block: int) -> Places:
         x_BS = jnp.pad(x_BS, ((0, 0), (0, N * block - S)), constant_values=value)
         return x_BS.reshape(B, N, block).swapaxes(0, 1)
 
-    return Places(cut(places.positions_BS, _NOWHERE), cut(places.runs_BS, 0))
+    return Places(cut(places.positions_BS, NOWHERE), cut(places.runs_BS, 0))

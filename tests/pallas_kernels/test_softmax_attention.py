@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.softmax_attention import softmax_attention, softmax_attention_step
+from pallas_kernels.softmax_attention import SOFTMAX_RESIDUALS, softmax_attention, softmax_attention_step
 from pallas_kernels.softmax_attention.blocked import softmax_attention_blocked
 from pallas_kernels.softmax_attention.reference import softmax_attention_reference
 
@@ -78,6 +78,29 @@ def test_bfloat16_is_close_to_float32():
     assert got.dtype == jnp.bfloat16
     want = softmax_attention_reference(*(x.astype(jnp.float32) for x in arguments), None, K**-0.5)
     np.testing.assert_allclose(got.astype(jnp.float32), want, atol=2e-2)
+
+
+def test_a_policy_keeps_the_output_once_and_needs_no_second_pass():
+    # Sizes that tell the arrays apart.
+    S, H, G, K, V = 128, 2, 1, 64, 128
+    q, k, v = (jnp.ones((1, S, heads, width)) for heads, width in ((H, K), (G, K), (G, V)))
+
+    def layer(q, k, v):
+        # What follows needs the output for its own gradient, too.
+        return jnp.sin(softmax_attention(q, k, v))
+
+    def kept(*names):
+        policy = jax.checkpoint_policies.save_only_these_names(*names)
+        _, pullback = jax.vjp(jax.checkpoint(layer, policy=policy), q, k, v)
+        exponentials = str(jax.make_jaxpr(pullback)(jnp.ones((1, S, H, V)))).count(" exp ")
+        return sorted(x.size for x in jax.tree.leaves(pullback) if x.size in (S * H * V, S * H)), exponentials
+
+    held, exponentials = kept(SOFTMAX_RESIDUALS)
+    assert held == [S * H, S * H * V]
+    # Without it, the backward pass begins with another forward pass.
+    without, more_exponentials = kept()
+    assert without == []
+    assert more_exponentials > exponentials > 0
 
 
 def test_mistakes_are_named():

@@ -14,7 +14,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from pallas_kernels.aot import CHIPS, compile_for_chip, missing_compiler
-from pallas_kernels.softmax_attention import softmax_attention, tpu
+from pallas_kernels.softmax_attention import SOFTMAX_RESIDUALS, softmax_attention, tpu, tpu_tables
+from pallas_kernels.softmax_attention.part import Places
 from pallas_kernels.softmax_attention.reference import softmax_attention_reference
 
 INTERPRET = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)
@@ -85,25 +86,21 @@ def test_kernels_equal_reference(case):
 
 def test_rows_whose_tables_are_cut_into_parts(monkeypatch):
     # As for a million tokens: half of the queries a call.
-    monkeypatch.setattr(tpu, "_SCALAR_BYTES", 8 * tpu._TABLE_BYTES // 2)
+    monkeypatch.setattr(tpu, "SCALAR_BYTES", 8 * tpu_tables.TABLE_BYTES // 2)
     assert tpu._parts(512, OBLONG) == 2
     compare("documents at edges of blocks")
 
 
 def test_tables_leave_out_what_documents_exclude():
     runs_S = jnp.asarray(np.repeat([0, 1, 2], [200, 184, 128]), jnp.int32)
-    places = tpu.Places(jnp.arange(512, dtype=jnp.int32)[None], runs_S[None])
-    for tables in (tpu._query_tables(places, places, 128, 128), tpu._key_tables(places, places, 128, 128)):
+    positions_S = jnp.arange(512, dtype=jnp.int32)
+    arguments = *[Places(positions_S[None], runs_S[None])] * 2, positions_S, 128, 128
+    by_query, by_key = tpu_tables.query_tables(*arguments), tpu_tables.key_tables(*arguments)
+    for tables in (by_query, by_key):
         np.testing.assert_array_equal(tables.block_mask[0], [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1]])
     # What is fetched is what is computed, else what will be next.
-    np.testing.assert_array_equal(
-        tpu._query_tables(places, places, 128, 128).data_next[0],
-        [[0, 0, 0, 0], [0, 1, 1, 1], [1, 1, 2, 3], [3, 3, 3, 3]],
-    )
-    np.testing.assert_array_equal(
-        tpu._key_tables(places, places, 128, 128).data_next[0],
-        [[0, 1, 2, 3], [1, 1, 2, 3], [0, 2, 2, 3], [0, 1, 2, 3]],
-    )
+    np.testing.assert_array_equal(by_query.data_next[0], [[0, 0, 0, 0], [0, 1, 1, 1], [1, 1, 2, 3], [3, 3, 3, 3]])
+    np.testing.assert_array_equal(by_key.data_next[0], [[0, 1, 2, 3], [1, 1, 2, 3], [0, 2, 2, 3], [0, 1, 2, 3]])
 
 
 def tpu_mesh(axis_type=AxisType.Explicit, size=1):
@@ -120,6 +117,23 @@ def test_auto_takes_the_kernels_on_a_mesh_of_tpus():
     assert "splash_mha_fwd" not in traced()
     with tpu_mesh():
         assert "splash_mha_fwd" in traced()
+
+
+def test_a_policy_keeps_the_output_once_and_needs_no_second_pass():
+    S, H, G, K, V = 128, 2, 1, 64, 128
+    arguments = [jax.ShapeDtypeStruct((1, S, heads, width), jnp.float32) for heads, width in ((H, K), (G, K), (G, V))]
+    layer = lambda q, k, v: jnp.sin(softmax_attention(q, k, v))  # noqa: E731
+
+    def kept(*names):
+        policy = jax.checkpoint_policies.save_only_these_names(*names)
+        pull = lambda *arguments: jax.vjp(jax.checkpoint(layer, policy=policy), *arguments)[1]  # noqa: E731
+        both = lambda *arguments: pull(*arguments)(jnp.ones((1, S, H, V)))  # noqa: E731
+        held = [x.size for x in jax.tree.leaves(jax.eval_shape(pull, *arguments)) if x.size in (S * H * V, S * H)]
+        return sorted(held), str(jax.make_jaxpr(both)(*arguments)).count("name=splash_mha_fwd")
+
+    with tpu_mesh():
+        assert kept(SOFTMAX_RESIDUALS) == ([S * H, S * H * V], 1)
+        assert kept() == ([], 2)
 
 
 @pytest.mark.parametrize(

@@ -58,8 +58,10 @@ def test_the_ring_travels_while_attention_computes(mesh):
         compiled = jax.jit(gradients).lower(*arguments).compile()
 
     hlo = compiled.as_text()
+    assert all(f"splash_mha_{kernel}_segmented" in hlo for kernel in ("fwd", "dq", "dkv"))
     assert not re.search(r" collective-permute\(", hlo), "all of them are asynchronous"
     found = {name: value for part in computations(hlo) for name, value in spans(part).items()}
-    # Keys and values before and in the forward loop and in the backward one; their gradients in the loop and before the
-    # last step. On their way home these are alone.
-    assert sorted(found.values()) == [False] * 2 + [True] * 2 * (2 + 1 + 2)
+    # Keys and values in the forward loop and in the backward one; their gradients in the loop and before the last step.
+    # On their way home these are alone, and so are keys and values on the first hop, which both passes share here: the
+    # compiler does not know that the kernel beside them takes long.
+    assert sorted(found.values()) == [False] * 4 + [True] * 2 * (1 + 1 + 2)

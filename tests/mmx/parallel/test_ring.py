@@ -1,6 +1,7 @@
 """Ring attention against one device, values and gradients."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -33,12 +34,13 @@ def operands(dtype=np.float64):
     return [rng.normal(size=(B, LENGTH, heads, K)).astype(dtype) for heads in (H, G, G, H)]
 
 
-def on_ranks(ranks, layout, block, cotangent):
+def on_ranks(ranks, layout, block, cotangent, implementation="auto"):
     """Outputs and gradients of ring attention for rows with the given segment ids; compiled once."""
     layout = SequenceLayout(layout)
 
     def function(q, k, v, segment_ids, slice_ids):
-        return ring_attention(q, k, v, segment_ids, axis=AXIS, layout=layout, slice_ids_BN=slice_ids, block=block)
+        how = {"block": block, "implementation": implementation}
+        return ring_attention(q, k, v, segment_ids, axis=AXIS, layout=layout, slice_ids_BN=slice_ids, **how)
 
     compiled = with_gradients(split(function, ranks, layout), cotangent)
     return lambda q, k, v, segment_ids, given=True: compiled(
@@ -97,6 +99,42 @@ def test_excluded_blocks_are_not_computed(layout):
         assert np.isfinite(x[~poisoned]).all(), name
 
 
+# Rows long enough for several of the kernels' blocks, of as many channels as they take.
+KERNEL_CHANNELS, TIMES, BLOCK = 64, 4, 128
+
+
+def wide_operands():
+    rng = np.random.default_rng(0)
+    return [rng.normal(size=(B, LENGTH * TIMES, heads, KERNEL_CHANNELS)).astype(np.float32) for heads in (H, G, G, H)]
+
+
+@functools.cache
+def wide_on_one_device(name):
+    *qkv, do = wide_operands()
+    function = lambda q, k, v, s: softmax_attention(q, k, v, segment_ids_BS=s, implementation="reference")  # noqa: E731
+    return jax.device_get(with_gradients(function, do)(*qkv, np.repeat(SEGMENTS[name], TIMES, axis=1)))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [
+        (2, "zigzag"),
+        (4, "balanced"),
+        pytest.param(4, "contiguous", marks=pytest.mark.slow),
+        pytest.param(8, "zigzag", marks=pytest.mark.slow),
+    ],
+)
+def test_kernels_serve_the_ring(ranks, layout):
+    *qkv, do = wide_operands()
+    compiled = on_ranks(ranks, layout, BLOCK, do, "tpu_interpret")
+    for name, segment_ids in SEGMENTS.items():
+        assert_same(compiled(*qkv, np.repeat(segment_ids, TIMES, axis=1)), wide_on_one_device(name), 2e-5)
+    if layout == "zigzag":
+        whole = "one document over all ranks"
+        ids = np.repeat(SEGMENTS[whole], TIMES, axis=1)
+        assert_same(compiled(*qkv, ids, given=False), wide_on_one_device(whole), 2e-5)
+
+
 def gradients(ranks, layout, length, dtype=jnp.float32, heads=(H, G), form=ring_attention):
     """Of every rank's tokens, and arguments to trace it with."""
     layout = SequenceLayout(layout)
@@ -149,6 +187,30 @@ def test_kept_residuals_spare_the_backward_pass_a_ring():
     # Keys and values, three steps.
     assert sent(jax.checkpoint_policies.nothing_saveable) == 3 * 2 * 3
     assert sent(jax.checkpoint_policies.save_only_these_names(RING_RESIDUALS)) == 2 * 2 * 3
+
+
+@pytest.mark.parametrize("implementation", ["blocked", "tpu_interpret"])
+def test_recomputation_keeps_nothing_of_the_steps(implementation):
+    # What depends on the documents alone is the same in all layers: rematerialisation would compute it once, in a ring
+    # of its own, and keep it for every step, constants in the shape of the output among it.
+    ranks, layout = 8, SequenceLayout("zigzag")
+    local = functools.partial(ring_attention, axis=AXIS, layout=layout, implementation=implementation)
+    island = jax.shard_map(local, mesh=rank_mesh(ranks), in_specs=(TOKENS,) * 4, out_specs=TOKENS, check_vma=False)
+
+    def loss(x, segment_ids):
+        @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
+        def layer(x, _):
+            keys = x[:, :, :G]
+            return x + island(x, keys, keys, segment_ids), None
+
+        return jnp.sum(jax.lax.scan(layer, x, None, length=3)[0])
+
+    sharding = jax.NamedSharding(rank_mesh(ranks), TOKENS)
+    of = lambda *shape, dtype: jax.ShapeDtypeStruct((1, 2048, *shape), dtype, sharding=sharding)  # noqa: E731
+    with jax.set_mesh(rank_mesh(ranks)):
+        program = str(jax.make_jaxpr(jax.grad(loss))(of(H, 64, dtype=jnp.float32), of(dtype=jnp.int32)))
+    assert f"length={ranks - 2}" in program
+    assert not re.findall(rf"\w+\[{ranks - 2},[\d,]+\]", program)
 
 
 def test_no_score_matrix():

@@ -5,11 +5,13 @@ import pytest
 
 from mmx.plan.collectives import collectives
 from mmx.plan.hlo import arrays, parse
+from mmx.plan.kernels import kernel_seconds
 from mmx.plan.links import Torus
 from mmx.plan.memory import carried, largest_buffers
 from mmx.plan.schedule import play
-from mmx.plan.work import part, work
+from mmx.plan.work import kernel, part, work
 from pallas_kernels.aot.chips import CHIPS
+from pallas_kernels.softmax_attention.tpu_figures import share_of_peak
 from tests.mmx.plan.test_machine import Device
 
 # A scan of ten layers: a product of 2 * 128 * 256 * 256 FLOPs at 1,750,000 cycles beside a gather of four devices, and
@@ -162,6 +164,43 @@ def test_carried_arrays_are_told_apart(program):
     assert not gradients
     assert copies[0].padded_size == 10 * 256 * 128 * 2
     assert largest_buffers(program, 1)[0].type == "bf16[10,128,256]"
+
+
+SPLASH = """HloModule x
+
+ENTRY %main (q: bf16[4,64,128], k: bf16[2,64,128], q2: bf16[2,2,64,128], k2: bf16[2,1,64,128], l: f32[2,2,8,64]) -> bf16[2,64,128] {
+  %q = bf16[4,64,128]{2,1,0} parameter(0)
+  %k = bf16[2,64,128]{2,1,0} parameter(1)
+  %q2 = bf16[2,2,64,128]{3,2,1,0} parameter(2)
+  %k2 = bf16[2,1,64,128]{3,2,1,0} parameter(3)
+  %l = f32[2,2,8,64]{3,2,1,0} parameter(4)
+  %splash_mha_fwd_segmented_residuals.1 = (bf16[4,64,128]{2,1,0}, f32[4,64,128]{2,1,0}) custom-call(%q, %k, %k), custom_call_target="tpu_custom_call"
+  %splash_mha_dkv_segmented_no_residuals.2 = (bf16[2,64,128]{2,1,0}, bf16[2,64,128]{2,1,0}) custom-call(%q, %k, %k), custom_call_target="tpu_custom_call"
+  ROOT %splash_mha_dkv_segmented_no_residuals.3 = (bf16[2,1,64,128]{3,2,1,0}, bf16[2,1,64,128]{3,2,1,0}) custom-call(%q2, %k2, %k2, %l), custom_call_target="tpu_custom_call"
+}
+"""  # noqa: E501
+
+
+def test_splash_attention_is_half_of_the_pairs_at_the_share_of_peak_that_was_counted():
+    read, chip = parse(SPLASH), CHIPS["v5p"]
+    names = body(read, "main")
+    forward, whole, halved = (
+        kernel(names, names[f"splash_mha_{name}"])
+        for name in ("fwd_segmented_residuals.1", "dkv_segmented_no_residuals.2", "dkv_segmented_no_residuals.3")
+    )
+    pairs = 4 * 64 * 65 / 2
+    assert forward.flops == 2 * 2 * 128 * pairs
+    assert whole.flops == halved.flops == 4 * 2 * 128 * pairs
+    assert (whole.halved, halved.halved) == (False, True)
+    seconds = kernel_seconds(chip)
+    for call, name in ((forward, "fwd"), (whole, "dkv"), (halved, "dkv")):
+        share = share_of_peak(chip.device_kind, name, call.halved)
+        assert 0.2 < share < 1
+        assert seconds(call) == pytest.approx(call.flops / chip.flops / share)
+    # One core of two.
+    assert seconds(whole) > 1.5 * seconds(halved)
+    # A chip that was not counted is taken at its peak.
+    assert kernel_seconds(CHIPS["v4"])(forward) == forward.flops / CHIPS["v4"].flops
 
 
 def test_schedule_adds_up(program):
