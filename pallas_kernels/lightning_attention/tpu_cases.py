@@ -43,7 +43,14 @@ def backward(**sizes: Any) -> Case:
 def decode(*, batch: int, tokens: int, heads: int, key: int = 128, value: int = 128, dtype: str = "bfloat16") -> Case:
     """The decode kernel alone, its state donated."""
     q, v = (Shape((batch, tokens, heads, width), jnp.dtype(dtype)) for width in (key, value))
-    return tpu_decode.decode, (q, q, v, Shape((heads,), F32), Shape((batch, heads, key, value), F32))
+    # Not donated, the state would be copied first, perhaps into VMEM, and moving it be no part of the count.
+    return jax.jit(tpu_decode.decode, donate_argnums=4), (
+        q,
+        q,
+        v,
+        Shape((heads,), F32),
+        Shape((batch, heads, key, value), F32),
+    )
 
 
 def _call(

@@ -161,6 +161,9 @@ DECODE = {
     "one token": (2, 1, 8, 128, 128, "bfloat16"),
     "odd heads": (1, 4, 3, 128, 256, "float32"),
     "several programs": (1, 8, 32, 128, 128, "float32"),
+    "one token, fp32": (1, 1, 3, 256, 128, "float32"),
+    "all rows of a square, bfloat16": (2, 8, 16, 128, 128, "bfloat16"),
+    "odd heads, bfloat16": (1, 2, 3, 256, 128, "bfloat16"),
 }
 
 
