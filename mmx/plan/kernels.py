@@ -1,9 +1,8 @@
 """How long a Pallas kernel's call takes, predicted.
 
-Lightning attention's forward and backward by the cycles that the compiler counted for them, kept in the table of their
-tiles. Other kernels, which the static profiler does not follow, at the chip's peak FLOP/s: an optimistic guess, which
-the calibration holds to account. Decoding does next to nothing at that peak; its bytes decide, and the schedule adds
-those.
+Lightning attention by the cycles that the compiler counted for it, kept in the table of its tiles; other kernels, which
+the static profiler does not follow, at the chip's peak FLOP/s: an optimistic guess, which the calibration holds to
+account.
 """
 
 from __future__ import annotations
@@ -23,9 +22,8 @@ def kernel_seconds(chip: Chip) -> Callable[[Kernel], float]:
     lightning = dict(zip(("forward", "backward"), known[0], strict=True)) if known else None
 
     def seconds(kernel: Kernel) -> float:
-        for direction, ns in (lightning or {}).items():
-            if kernel.name == f"lightning_attention_{direction}":
-                return kernel.token_heads * ns * 1e-9
+        if kernel.token_heads and lightning:
+            return kernel.token_heads * lightning["forward" if "forward" in kernel.name else "backward"] * 1e-9
         return kernel.flops / chip.flops
 
     return seconds

@@ -111,8 +111,7 @@ def _kernels(plan: Plan) -> list[str]:
     if not plan.kernels:
         return []
     return [
-        f"{'Pallas kernels':42}{'calls':>9}{'seconds':>10}{'of the step':>13}"
-        "   lightning attention by its cycles, others at the peak",
+        f"{'Pallas kernels':42}{'calls':>9}{'seconds':>10}{'of the step':>13}",
         *(f"  {k.name:40}{k.times:9,}{k.seconds:10.4f}{k.share:13.2%}" for k in plan.kernels),
     ]
 

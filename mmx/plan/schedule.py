@@ -1,7 +1,7 @@
 """How long a compiled TPU program takes, predicted: its schedule played through with the compiler's cycle counts.
 
 Every instruction takes the cycles that the compiler estimates for it, or where its bytes need longer, its time in HBM;
-kernels take the cycles of their table (lightning attention) or their FLOPs at the chip's peak. A synchronous
+kernels take the cycles of their golden file (lightning attention) or their FLOPs at the chip's peak. A synchronous
 collective stops everything for its time on the links. An asynchronous one occupies the links, one after another, from
 its start, and what is left of it at its done is waited for. Loops turn as often as the program says; those whose turns
 the documents decide as often as for one document a row.

@@ -102,7 +102,7 @@ def kernel(body: dict[str, Instruction], instruction: Instruction) -> Kernel | N
         tokens = max((a for a in results if a.dtype != "f32"), key=lambda a: a.size, default=results[0])
         token_heads = math.prod(tokens.shape) // V
         # The recurrent form: what has to be done, whatever the kernel's blocks add.
-        passes = 2 if "backward" in name else 1
+        passes = 1 if "forward" in name else 2
         return Kernel(name, passes * token_heads * 4.0 * K * V, token_heads)
     if name.startswith("splash"):
         wide = [a for a in (*operands, *results) if len(a.shape) == 3]
