@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from pallas_kernels.aot import Chip, ProfileError, static_cycles
 from pallas_kernels.lightning_attention import tpu_cases
 from pallas_kernels.lightning_attention.tpu_backward import NAME as BACKWARD
-from pallas_kernels.lightning_attention.tpu_block import Tiles
 from pallas_kernels.lightning_attention.tpu_decode import NAME as DECODE
 from pallas_kernels.lightning_attention.tpu_forward import NAME as FORWARD
+from pallas_kernels.lightning_attention.tpu_plan import Tiles
 
 KERNELS = {"forward": FORWARD, "backward": BACKWARD}
 

@@ -72,6 +72,7 @@ def test_released_shape_compiles(chip):
         (1, 1_048_576, 8, 128, 128, "bfloat16"),  # a million tokens, heads split over eight devices
         (4, 1_048_576, 1, 128, 128, "bfloat16"),  # as many marks as the op lets through
         (1, 1000, 3, 64, 64, "bfloat16"),
+        (1, 8192, 16, 64, 64, "bfloat16"),
         (2, 5, 2, 96, 128, "float32"),
         (1, 8192, 4, 256, 256, "float32"),
         (1, 8192, 64, 128, 128, "float32"),
