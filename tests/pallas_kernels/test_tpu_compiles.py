@@ -163,11 +163,22 @@ def test_policy_that_keeps_states_spares_the_second_forward_pass(names, forward_
 @pytest.mark.parametrize("kernel", ["forward", "backward"])
 @pytest.mark.parametrize("chip", TARGETS)
 def test_static_cycles_have_not_grown(chip, kernel, write_golden):
+    hold_kernel(chip, kernel, 128, write_golden)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["forward", "backward"])
+def test_static_cycles_of_pairs_of_heads_have_not_grown(kernel, write_golden):
+    hold_kernel("v5p", kernel, 64, write_golden)
+
+
+def hold_kernel(chip, kernel, channels, write_golden):
     tokens, heads = 2048, 8
-    q = jax.ShapeDtypeStruct((1, tokens, heads, 128), jnp.bfloat16)
+    q = jax.ShapeDtypeStruct((1, tokens, heads, channels), jnp.bfloat16)
     tiles = dict(zip(("forward", "backward"), choose_tiles(q, q, CHIPS[chip].device_kind), strict=True))[kernel]
-    call = Call(kernel, tokens, heads, tiles)
-    hold(f"{chip} {kernel}", lambda: call.predict(CHIPS[chip])[0] / call.token_heads, write_golden)
+    call = Call(kernel, tokens, heads, tiles, channels, channels)
+    name = f"{chip} {kernel}" if channels == 128 else f"{chip} {kernel} {channels}"
+    hold(name, lambda: call.predict(CHIPS[chip])[0] / call.token_heads, write_golden)
 
 
 @pytest.mark.parametrize("tokens", [1, 8])
