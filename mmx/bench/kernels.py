@@ -4,6 +4,9 @@ Nanoseconds a token and head, bf16, heads of 128 channels, 8,192 tokens, 8 heads
 compiler's static cycle count over the clock, or the bytes over the bandwidth where that is longer. Floors count the
 bytes or, where that is longer, the bf16 products at a block of 256. The sketch is a plain chunked kernel without
 documents that the project started from; its figures are predictions too.
+
+Decoding: 32 rows, 16 heads of 128 (64 heads over four devices), fp32 states updated in place by one or several tokens,
+microseconds a call beside what their bytes take at full bandwidth.
 """
 
 import dataclasses
@@ -14,10 +17,11 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.aot import CHIPS, Chip, ProfileError, compiler_version, missing_compiler
-from pallas_kernels.lightning_attention.tpu_figures import Call
+from pallas_kernels.lightning_attention.tpu_figures import Call, DecodeCall
 from pallas_kernels.lightning_attention.tpu_tiles import choose_tiles
 
 TOKENS, HEADS = 8192, 8
+DECODED = (1, 2, 4, 8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +65,13 @@ def report(chips: Sequence[str], say: Callable[[str], None], tokens: int = TOKEN
         )
         say(f"{name:6} {source:10} {'          '.join(f'{column:>22}' for column in columns)}   {over:.2f}")
         results[name]["over_floor"] = over
+    rows, heads = DecodeCall(1).batch, DecodeCall(1).heads
+    say(f"decode, us a call of {rows} rows, {heads} heads of 128, bf16, fp32 states")
+    say("chip   source     tokens: HBM bound  cycles  share of the bound")
+    for name in chips:
+        source = results[name]["source"]
+        decoded = [_decode_figure(CHIPS[name], tokens, source == "measured", say) for tokens in DECODED]
+        results[name]["decode"] = dict(zip(DECODED, decoded, strict=True))
     return results
 
 
@@ -78,3 +89,18 @@ def _figure(chip: Chip, kernel: str, tokens: int, measured: bool, say: Callable[
     except ProfileError as error:
         say(f"{chip.name}: this compiler's profiler does not follow the {kernel} kernel ({error})")
         return None
+
+
+def _decode_figure(chip: Chip, tokens: int, measured: bool, say: Callable[[str], None]) -> dict[str, float] | None:
+    call = DecodeCall(tokens)
+    bound = chip.memory_seconds(call.bytes_moved)
+    try:
+        seconds = call.measure() if measured else call.cycles(chip, timeout=900) / chip.clock
+    except ProfileError as error:
+        say(f"{chip.name}: this compiler's profiler does not follow the decode kernel ({error})")
+        return None
+    # Cycles below the bound mean that memory decides; a measurement has no such excuse.
+    share = bound / seconds if measured else min(1.0, bound / seconds)
+    source = "measured" if measured else "predicted"
+    say(f"{chip.name:6} {source:10} {tokens:6} {1e6 * bound:10.1f} {1e6 * seconds:7.1f} {share:19.0%}")
+    return {"bound_us": 1e6 * bound, "us": 1e6 * seconds, "share": share}

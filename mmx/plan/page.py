@@ -20,7 +20,7 @@ _MEMORY = {
 
 def page(plan: Plan) -> str:
     """The page, without a line break at its end."""
-    sections = [_head(plan), _memory(plan), _parts(plan), _messages(plan), _time(plan), _honesty(plan)]
+    sections = [_head(plan), _memory(plan), _parts(plan), _kernels(plan), _messages(plan), _time(plan), _honesty(plan)]
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
 
 
@@ -105,6 +105,15 @@ def _parts(plan: Plan) -> list[str]:
 def _part(name: str, part: Part) -> str:
     columns = (part.compute, part.matrix_units, part.hbm, part.links, part.waiting)
     return f"  {name:22}" + "".join(f"{value:9.3f}" for value in columns) + f"   {part.limit}"
+
+
+def _kernels(plan: Plan) -> list[str]:
+    if not plan.kernels:
+        return []
+    return [
+        f"{'Pallas kernels':42}{'calls':>9}{'seconds':>10}{'of the step':>13}",
+        *(f"  {k.name:40}{k.times:9,}{k.seconds:10.4f}{k.share:13.2%}" for k in plan.kernels),
+    ]
 
 
 def _messages(plan: Plan) -> list[str]:

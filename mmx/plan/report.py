@@ -56,6 +56,16 @@ class Message:
 
 
 @dataclasses.dataclass
+class KernelShare:
+    """Calls of one Pallas kernel in one step of one device."""
+
+    name: str
+    times: int
+    seconds: float
+    share: float  # of the predicted step
+
+
+@dataclasses.dataclass
 class Plan:
     """Everything that is known of a run on a machine. What was not compiled is None."""
 
@@ -80,6 +90,7 @@ class Plan:
     compiler_flops: float | None = None  # the compiler's own count, a loop's body once
     seconds: float | None = None  # predicted by the schedule
     parts: dict[str, Part] = dataclasses.field(default_factory=dict)
+    kernels: list[KernelShare] = dataclasses.field(default_factory=list)
     messages: list[Message] = dataclasses.field(default_factory=list)
 
     @property
@@ -243,6 +254,8 @@ def _take_schedule(plan: Plan, schedule: Schedule) -> None:
         if found.waiting > found.busy:
             limit = "links"
         plan.parts[name] = Part(found.busy, *resources.values(), found.waiting, limit)
+    for name, calls in sorted(schedule.kernels.items(), key=lambda item: -item[1].seconds):
+        plan.kernels.append(KernelShare(name, round(calls.times), calls.seconds, calls.seconds / schedule.seconds))
     for (kind, axes, crosses), traffic in sorted(schedule.traffic.items(), key=lambda item: -item[1].seconds):
         plan.messages.append(
             Message(

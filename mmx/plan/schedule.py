@@ -44,11 +44,20 @@ class Traffic:
 
 
 @dataclasses.dataclass
+class KernelTime:
+    """Calls of one Pallas kernel in one step."""
+
+    times: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclasses.dataclass
 class Schedule:
     """A step."""
 
     seconds: float
     parts: dict[str, PartTime]
+    kernels: dict[str, KernelTime]
     traffic: dict[tuple[str, tuple[str, ...], str], Traffic]  # by kind, mesh axes and the links that they cross
 
     @property
@@ -81,11 +90,12 @@ class _Player:
         self.kernel_seconds, self.open_turns = kernel_seconds, open_turns
         self.lengths: dict[str, float] = {}
         self.parts: dict[str, PartTime] = collections.defaultdict(PartTime)
+        self.kernels: dict[str, KernelTime] = collections.defaultdict(KernelTime)
         self.traffic: dict[tuple, Traffic] = collections.defaultdict(Traffic)
 
     def play(self) -> Schedule:
         seconds = self._body(self.program.entry, 1.0)
-        return Schedule(seconds, dict(self.parts), dict(self.traffic))
+        return Schedule(seconds, dict(self.parts), dict(self.kernels), dict(self.traffic))
 
     def _body(self, name: str, times: float) -> float:
         """Seconds of one run of a computation, of which there are ``times``."""
@@ -144,12 +154,13 @@ class _Player:
         done = work(self.program, names, instruction)
         if not (done.flops or done.bytes):
             return 0.0
-        if call := kernel(names, instruction) if instruction.operation == "custom-call" else None:
-            seconds = self.kernel_seconds(call)
-        else:
-            seconds = (instruction.cycles or 0) / self.chip.clock
+        call = kernel(names, instruction) if instruction.operation == "custom-call" else None
+        seconds = self.kernel_seconds(call) if call else (instruction.cycles or 0) / self.chip.clock
         seconds = max(seconds, self.chip.memory_seconds(done.bytes) if instruction.cycles is None else 0.0)
         record = self.parts[part(self.program, instruction)]
         record.busy += times * seconds
         record.work += Work(times * done.flops, times * done.bytes)
+        if call:
+            self.kernels[call.name].times += times
+            self.kernels[call.name].seconds += times * seconds
         return seconds

@@ -43,10 +43,12 @@ def compile_for_chip(chip: Chip, function: Callable, *shapes: Any) -> jax.stages
     """Compiles ``function`` for one device of ``chip``, with a mesh of it in scope, so that "auto" choices are its.
 
     Args:
+      function: any; one that is jitted keeps its donations.
       shapes: arguments, as pytrees of ``jax.ShapeDtypeStruct``; their shardings are set here.
     """
     with jax.set_mesh(_mesh(chip)):
-        return jax.jit(function).lower(*on_chip(chip, shapes)).compile()
+        jitted = function if isinstance(function, jax.stages.Wrapped) else jax.jit(function)
+        return jitted.lower(*on_chip(chip, shapes)).compile()
 
 
 def on_chip(chip: Chip, shapes: Any) -> Any:

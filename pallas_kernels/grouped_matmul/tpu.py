@@ -22,9 +22,21 @@ class Tiles(NamedTuple):
     rows: int
     channels: int
 
-    def of(self, contracted: int, output: int) -> tuple[int, int, int]:
-        """As the kernels take them, no wider than the operands."""
-        return self.rows, *(min(self.channels, -(-width // LANES) * LANES) for width in (contracted, output))
+    def of_product(self, contracted: int, output: int) -> tuple[int, int, int]:
+        """As the kernel of a product takes them, no wider than the operands.
+
+        Of output channels half as many again where they divide them: sums are written back less often. More do not fit
+        into v5p's 16 MiB of VMEM.
+        """
+        wide = self.channels * 3 // 2
+        return self.of_gradient(contracted, output) if output % wide else (self.rows, self._fit(contracted), wide)
+
+    def of_gradient(self, contracted: int, output: int) -> tuple[int, int, int]:
+        """As the kernel of the matrices' gradient takes them, whose sums are as large as a matrix's tile."""
+        return self.rows, self._fit(contracted), self._fit(output)
+
+    def _fit(self, width: int) -> int:
+        return min(self.channels, -(-width // LANES) * LANES)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -43,7 +55,7 @@ def _backward(tiles, interpret, residuals, dy_MF):
     x_MD, w_EDF, group_sizes_E = residuals
     dx_MD = _product(dy_MF, w_EDF, group_sizes_E, tiles, interpret, transposed=True)
     x_MD, dy_MF = (_whole_tiles(x, tiles) for x in (x_MD, dy_MF))
-    tiling = tiles.of(*w_EDF.shape[1:])
+    tiling = tiles.of_gradient(*w_EDF.shape[1:])
     dw_EDF = tgmm(x_MD.swapaxes(0, 1), dy_MF, group_sizes_E, w_EDF.dtype, tiling, interpret=interpret)
     return dx_MD, dw_EDF, None
 
@@ -66,7 +78,7 @@ def unsupported(x_MD: jax.Array) -> str | None:
 
 def _product(x_MD, w_EDF, group_sizes_E, tiles, interpret, *, transposed: bool) -> jax.Array:
     M, contracted = x_MD.shape
-    tiling = tiles.of(contracted, w_EDF.shape[1 if transposed else 2])
+    tiling = tiles.of_product(contracted, w_EDF.shape[1 if transposed else 2])
     rows_MD = _whole_tiles(x_MD, tiles)
     y_MF = gmm(rows_MD, w_EDF, group_sizes_E, x_MD.dtype, tiling, transpose_rhs=transposed, interpret=interpret)[:M]
     # Nothing is written for rows beyond the last group.

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.lightning_attention.tpu_backward import backward
-from pallas_kernels.lightning_attention.tpu_block import F32, Boundaries, Plan, Tiles
+from pallas_kernels.lightning_attention.tpu_block import Boundaries
 from pallas_kernels.lightning_attention.tpu_forward import forward
-from pallas_kernels.lightning_attention.tpu_tiles import LANES, padded
+from pallas_kernels.lightning_attention.tpu_plan import F32, Plan, Tiles
+from pallas_kernels.lightning_attention.tpu_tiles import LANES, packed, padded
 from pallas_kernels.segments import document_starts
 
 LIGHTNING_STATES = "lightning_attention_states"
@@ -47,18 +48,17 @@ def lightning_attention_tpu(
 
 
 def _forward(q_BSHK, k_BSHK, v_BSHV, slopes_H, segment_ids_BS, initial_BHKV, tiles, interpret, keep_states):
-    _, _, H, K = q_BSHK.shape
-    V = v_BSHV.shape[-1]
+    (_, _, H, K), V = q_BSHK.shape, v_BSHV.shape[-1]
     plan = _plan(q_BSHK, v_BSHV, segment_ids_BS, tiles, interpret)
     o_BSD, final_BHKV, *states = forward(
         plan,
-        *(_flatten(x) for x in (q_BSHK, k_BSHK, v_BSHV)),
+        *(_flatten(plan, x) for x in (q_BSHK, k_BSHK, v_BSHV)),
         slopes_H.astype(F32),
         _boundaries(segment_ids_BS, plan),
-        _pad(initial_BHKV, plan.key, plan.value),
+        _pack_state(plan, initial_BHKV),
         keep_states,
     )
-    return (_unflatten(o_BSD, H, V), final_BHKV[..., :K, :V]), states
+    return (_unflatten(o_BSD, H, V), _unpack_state(plan, final_BHKV, K, V)), states
 
 
 def _forward_rule(
@@ -76,36 +76,37 @@ def _backward_rule(forward_tiles, backward_tiles, interpret, residuals, cotangen
     plan = _plan(q_BSHK, v_BSHV, segment_ids_BS, backward_tiles, interpret)
     dq_BSD, dk_BSD, dv_BSD, dinitial_BHKV = backward(
         plan,
-        *(_flatten(x) for x in (q_BSHK, k_BSHK, v_BSHV, do_BSHV)),
+        *(_flatten(plan, x) for x in (q_BSHK, k_BSHK, v_BSHV, do_BSHV)),
         slopes_H.astype(F32),
         _boundaries(segment_ids_BS, plan),
         states_BNHKV,
-        _pad(dfinal_BHKV, plan.key, plan.value),
+        _pack_state(plan, dfinal_BHKV),
     )
     grads = (_unflatten(x, H, width) for x, width in ((dq_BSD, K), (dk_BSD, K), (dv_BSD, V)))
     # Slopes are constants of the architecture: no gradient. Segment ids are integers.
-    return *grads, jnp.zeros_like(slopes_H), None, dinitial_BHKV[..., :K, :V]
+    return *grads, jnp.zeros_like(slopes_H), None, _unpack_state(plan, dinitial_BHKV, K, V)
 
 
 lightning_attention_tpu.defvjp(_forward_rule, _backward_rule)
 
 
 def _plan(q_BSHK, v_BSHV, segment_ids_BS, tiles, interpret) -> Plan:
-    _, S, H, K = q_BSHK.shape
-    heads = max(heads for heads in range(1, tiles.heads + 1) if H % heads == 0)
-    return Plan(
-        tiles, S, heads, padded(K), padded(v_BSHV.shape[-1]), q_BSHK.dtype, segment_ids_BS is not None, interpret
-    )
+    (_, S, H, K), V = q_BSHK.shape, v_BSHV.shape[-1]
+    P = packed(H, K, V)
+    heads = max(heads for heads in range(1, tiles.heads + 1) if H // P % heads == 0)
+    key, value = padded(K * P), padded(V * P)
+    return Plan(tiles, S, heads, key, value, q_BSHK.dtype, segment_ids_BS is not None, interpret, P)
 
 
 def _boundaries(segment_ids_BS: jax.Array | None, plan: Plan) -> Boundaries | None:
     return None if segment_ids_BS is None else Boundaries.of(document_starts(segment_ids_BS), plan.tiles)
 
 
-def _flatten(x_BSHD: jax.Array) -> jax.Array:
-    """Heads side by side, each padded to whole lanes; nothing moves where the channels are a multiple of 128."""
+def _flatten(plan: Plan, x_BSHD: jax.Array) -> jax.Array:
+    """Heads side by side. Nothing moves where they fill the lanes; others are padded, unless they go in pairs."""
     B, S, _, D = x_BSHD.shape
-    return jnp.pad(x_BSHD, ((0, 0), (0, 0), (0, 0), (0, -D % LANES))).reshape(B, S, -1)
+    padding = -D % LANES if plan.packed == 1 else 0
+    return jnp.pad(x_BSHD, ((0, 0), (0, 0), (0, 0), (0, padding))).reshape(B, S, -1)
 
 
 def _unflatten(x_BSD: jax.Array, heads: int, width: int) -> jax.Array:
@@ -113,6 +114,22 @@ def _unflatten(x_BSD: jax.Array, heads: int, width: int) -> jax.Array:
     return x_BSD.reshape(B, S, heads, -1)[..., :width]
 
 
-def _pad(state_BHKV: jax.Array, key: int, value: int) -> jax.Array:
-    K, V = state_BHKV.shape[-2:]
-    return jnp.pad(state_BHKV, ((0, 0), (0, 0), (0, key - K), (0, value - V)))
+def _pack_state(plan: Plan, state_BHKV: jax.Array) -> jax.Array:
+    """States as the kernels hold them: padded, or those of a pack as the blocks on the diagonal of one."""
+    B, H, K, V = state_BHKV.shape
+    P = plan.packed
+    if P == 1:
+        return jnp.pad(state_BHKV, ((0, 0), (0, 0), (0, plan.key - K), (0, plan.value - V)))
+    state_BHPKV = state_BHKV.reshape(B, H // P, P, K, V)
+    on_diagonal = jnp.eye(P, dtype=bool)[:, None, :, None]
+    return jnp.where(on_diagonal, state_BHPKV[:, :, :, :, None], 0).reshape(B, H // P, P * K, P * V)
+
+
+def _unpack_state(plan: Plan, state_BHKV: jax.Array, K: int, V: int) -> jax.Array:
+    """The inverse of ``_pack_state``."""
+    B, H = state_BHKV.shape[:2]
+    P = plan.packed
+    if P == 1:
+        return state_BHKV[..., :K, :V]
+    state_BHPKPV = state_BHKV.reshape(B, H, P, K, P, V)
+    return jnp.stack([state_BHPKPV[:, :, p, :, p] for p in range(P)], axis=2).reshape(B, H * P, K, V)

@@ -13,16 +13,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.lightning_attention.tpu_block import (
-    F32,
-    Boundaries,
-    Chunk,
-    Place,
-    Plan,
-    Tables,
-    for_block,
-    interleave,
-)
+from pallas_kernels.lightning_attention.tpu_block import Boundaries, Chunk, Place, Tables, for_block, interleave
+from pallas_kernels.lightning_attention.tpu_plan import F32, Plan
 
 NAME = "lightning_attention_backward"
 _STAGES = 3
@@ -41,7 +33,7 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Gradients of q, k, v and the initial state."""
     B, S, _ = q_BSD.shape
-    H, G, K, V, N = slopes_H.shape[0], plan.heads, plan.key, plan.value, plan.blocks
+    H, G, K, V, N = slopes_H.shape[0] // plan.packed, plan.heads, plan.key, plan.value, plan.blocks
     from_the_end = lambda n: N - 1 - n  # noqa: E731
     return pl.pallas_call(
         functools.partial(_kernel, plan),
@@ -76,17 +68,17 @@ def _kernel(plan: Plan, slopes_H, *refs) -> None:
     dq_TD, dk_TD, dv_TD, dinitial_GKV, dcarried_GKV, entering_UGKV, *tables = refs
     tables = Tables(*tables)
     first_head, step = pl.program_id(1) * plan.heads, pl.program_id(2)
-    slope = lambda head: slopes_H[first_head + head]  # noqa: E731
+    slopes = plan.slopes(slopes_H, first_head)
 
     @pl.when(step == 0)
     def _():
         dcarried_GKV[...] = dfinal_GKV[...]
         for head in range(plan.heads):
-            tables.fill(head, slope(head))
+            tables.fill(head, slopes(head))
 
     def work(place: Place | None) -> None:
         heads = range(plan.heads)
-        chunks = [Chunk(plan, tables, slope, boundaries, place, c) for c in range(plan.chunks)]
+        chunks = [Chunk(plan, tables, slopes, boundaries, place, c) for c in range(plan.chunks)]
         for head in heads:
             entering_UGKV[0, head] = states_GKV[head].astype(plan.dtype)
         state = {head: states_GKV[head] for head in heads}
@@ -94,7 +86,7 @@ def _kernel(plan: Plan, slopes_H, *refs) -> None:
             for head in heads:
                 w = chunk.weights(head)
                 k_decayed_CK = w.scale(chunk.take(k_TD, head, plan.key), w.key_CW)
-                summary_KV = plan.dot(k_decayed_CK, chunk.take(v_TD, head, plan.value), (0, 0))
+                summary_KV = plan.diagonal(plan.dot(k_decayed_CK, chunk.take(v_TD, head, plan.value), (0, 0)))
                 state[head] = w.carry_1W[:, : plan.value] * state[head] + summary_KV
                 entering_UGKV[chunk.index + 1, head] = state[head].astype(plan.dtype)
         dstate = {head: dcarried_GKV[head] for head in heads}
@@ -103,23 +95,28 @@ def _kernel(plan: Plan, slopes_H, *refs) -> None:
             q_CK, k_CK = (chunk.take(ref, head, plan.key) for ref in (q_TD, k_TD))
             v_CV, do_CV = (chunk.take(ref, head, plan.value) for ref in (v_TD, do_TD))
             w = chunk.weights(head)
-            products_CC, dproducts_CC = plan.dot(q_CK, k_CK, (1, 1)), plan.dot(do_CV, v_CV, (1, 1))
+            products_CC = [plan.dot(q_CK, own_CK, (1, 1)) for own_CK in plan.apart(k_CK)]
+            dproducts_CC = [plan.dot(do_CV, own_CV, (1, 1)) for own_CV in plan.apart(v_CV)]
             do_decayed_CV = w.scale(do_CV, w.query_CW)
             yield
-            scores_CC, dscores_CC = ((x * w.intra_CC).astype(plan.dtype) for x in (products_CC, dproducts_CC))
+            scores_CC, dscores_CC = (
+                [(x * w_CC).astype(plan.dtype) for x, w_CC in zip(products, w.intra_CC, strict=True)]
+                for products in (products_CC, dproducts_CC)
+            )
             yield
             state_KV, dstate_KV = entering_UGKV[chunk.index, head], dstate[head].astype(plan.dtype)
             if plan.tiles.fused:
-                left = jnp.concatenate([dscores_CC, do_decayed_CV], 1)
-                dq_CK = plan.dot(left, jnp.concatenate([k_CK, state_KV.T], 0))
+                left = jnp.concatenate([*dscores_CC, do_decayed_CV], 1)
+                dq_CK = plan.dot(left, jnp.concatenate([*plan.apart(k_CK), state_KV.T], 0))
             else:
-                dq_CK = plan.dot(dscores_CC, k_CK) + plan.dot(do_decayed_CV, state_KV, (1, 1))
+                dq_CK = plan.dots(dscores_CC, k_CK) + plan.dot(do_decayed_CV, state_KV, (1, 1))
             chunk.put(dq_TD, head, plan.key, dq_CK)
             dk_CK = w.key_CW[:, : plan.key] * plan.dot(v_CV, dstate_KV, (1, 1))
-            chunk.put(dk_TD, head, plan.key, dk_CK + plan.dot(dscores_CC, q_CK, (0, 0)))
+            chunk.put(dk_TD, head, plan.key, dk_CK + plan.dots(dscores_CC, q_CK, (0, 0)))
             dv_CV = w.key_CW[:, : plan.value] * plan.dot(k_CK, dstate_KV)
-            chunk.put(dv_TD, head, plan.value, dv_CV + plan.dot(scores_CC, do_CV, (0, 0)))
-            dstate[head] = w.carry_1W[:, : plan.value] * dstate[head] + plan.dot(q_CK, do_decayed_CV, (0, 0))
+            chunk.put(dv_TD, head, plan.value, dv_CV + plan.dots(scores_CC, do_CV, (0, 0)))
+            dsummary_KV = plan.diagonal(plan.dot(q_CK, do_decayed_CV, (0, 0)))
+            dstate[head] = w.carry_1W[:, : plan.value] * dstate[head] + dsummary_KV
 
         interleave([one(chunk, head) for chunk in reversed(chunks) for head in heads], _STAGES, plan.tiles.lag)
         for head, dstate_KV in dstate.items():

@@ -7,120 +7,29 @@ long blocks hide latency and leave fewer states behind, and the two are independ
 Per-head tables of decay factors are built once a program. Every factor is exp of a difference that is <= 0. A block
 that holds a document boundary, or the end of the row, masks the tables; any other block takes them as they are.
 
-Shapes: B batch, S tokens, G heads of a program, N blocks, T tokens of a block, U chunks, C tokens of a chunk (i and j
-index them), K key channels, V value channels, W = max(K, V), D heads x channels.
+A head may be a pack of several, ``tpu_plan.py``.
+
+Shapes: B batch, S tokens, G heads of a program, P heads in a pack, N blocks, T tokens of a block, U chunks, C tokens of
+a chunk (i and j index them), K key channels, V value channels, W = max(K, V), D heads x channels.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-F32 = jnp.float32
+from pallas_kernels.lightning_attention.tpu_plan import F32, Plan, Tiles, iota
+
 _MARK_BITS = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiles:
-    """Sizes that a kernel is compiled with; the table in ``tpu_tiles.py`` has the good ones."""
-
-    block: int  # T, a multiple of the chunk
-    chunk: int  # C, a multiple of 128
-    heads: int  # most heads of a program
-    lag: int  # items between the stages of the software pipeline
-    fused: bool  # [scores, queries] @ [values; state] as one product, which fills a matrix unit 256 deep
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """Everything static about a call."""
-
-    tiles: Tiles
-    length: int  # real tokens of a row
-    heads: int  # G, divides the row's heads
-    key: int  # K and V, multiples of 128
-    value: int
-    dtype: Any  # of q, k and v
-    segmented: bool
-    interpret: Any  # what pallas_call takes
-
-    @property
-    def blocks(self) -> int:
-        """Blocks of a row."""
-        return -(-self.length // self.tiles.block)
-
-    @property
-    def chunks(self) -> int:
-        """Chunks of a block."""
-        return self.tiles.block // self.tiles.chunk
-
-    @property
-    def ragged(self) -> bool:
-        """Whether the last block reaches over the end of the row."""
-        return self.length % self.tiles.block != 0
-
-    def tokens(self, width: int, order: Callable) -> pl.BlockSpec:
-        """Blocks of an operand [B, S, H x width]; ``order`` maps the grid's step to a block."""
-        return pl.BlockSpec((None, self.tiles.block, self.heads * width), lambda b, g, n, *_: (b, order(n), g))
-
-    def states(self, order: Callable) -> pl.BlockSpec:
-        """Blocks of the states [B, N, H, K, V]."""
-        shape = (None, None, self.heads, self.key, self.value)
-        return pl.BlockSpec(shape, lambda b, g, n, *_: (b, order(n), g, 0, 0))
-
-    def state(self) -> pl.BlockSpec:
-        """The block of a state [B, H, K, V]."""
-        return pl.BlockSpec((None, self.heads, self.key, self.value), lambda b, g, n, *_: (b, g, 0, 0))
-
-    def ends(self, order: Callable) -> list[pl.BlockSpec]:
-        """Blocks of ``Boundaries.ends``."""
-        if not self.segmented:
-            return []
-        return [pl.BlockSpec((None, 1, self.tiles.block), lambda b, g, n, *_: (b, 0, order(n)))]
-
-    def dot(self, left: jax.Array, right: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:
-        """Matrix product accumulated in fp32; fp32 operands keep their precision."""
-        precision = lax.Precision.HIGHEST if self.dtype == F32 else None
-        dimensions = (((contract[0],), (contract[1],)), ((), ()))
-        return lax.dot_general(left, right, dimensions, precision=precision, preferred_element_type=F32)
-
-    def flops(self, tokens_and_heads: int, backward: bool) -> int:
-        """Floating-point operations of a whole call."""
-        C, K, V = self.tiles.chunk, self.key, self.value
-        products = 3 * C * K + 2 * C * V + 5 * K * V if backward else C * K + C * V + 2 * K * V
-        return 2 * products * tokens_and_heads
-
-    def call(self, operands: Sequence[int], results: Sequence[int], flops: int) -> dict[str, Any]:
-        """The arguments of ``pallas_call`` that do not depend on the kernel's operands."""
-        return {
-            "compiler_params": pltpu.CompilerParams(
-                dimension_semantics=("parallel", "parallel", "arbitrary"),
-                vmem_limit_bytes=vmem_bytes(self, operands, results),
-            ),
-            "interpret": self.interpret,
-        }
-
-
-def vmem_bytes(plan: Plan, operands: Sequence[int], results: Sequence[int]) -> int:
-    """An upper bound of what a kernel with these widths of operands and results takes in VMEM."""
-    T, C, G, K, V = plan.tiles.block, plan.tiles.chunk, plan.heads, plan.key, plan.value
-    itemsize = jnp.dtype(plan.dtype).itemsize
-    # Two copies of each block: one is worked on while the other moves.
-    tokens = 2 * T * G * (sum(operands) + sum(results)) * itemsize
-    states = 4 * G * K * V * (2 * 3 + 1 + plan.chunks)
-    tables = 4 * G * C * (C + 2 * max(K, V))
-    return tokens + states + tables + 16 * 2**20
 
 
 class Tables(NamedTuple):
     """Decay factors of each head in VMEM, for a chunk without boundaries."""
 
-    intra_GCC: Any  # token j to token i
+    intra_GCC: Any  # token j to token i; G x P of them
     query_GCW: Any  # the entering state to token i; its last row takes the state over the whole chunk
     key_GCW: Any  # token j to the end of the chunk
 
@@ -128,22 +37,26 @@ class Tables(NamedTuple):
     def scratch(plan: Plan) -> list[Any]:
         """Scratch shapes of the tables."""
         C, width = plan.tiles.chunk, max(plan.key, plan.value)
-        return [pltpu.VMEM((plan.heads, C, lanes), F32) for lanes in (C, width, width)]
+        intra = pltpu.VMEM((plan.heads * plan.packed, C, C), F32)
+        return [intra, *[pltpu.VMEM((plan.heads, C, width), F32)] * 2]
 
-    def fill(self, head: int, slope: jax.Array) -> None:
+    def fill(self, head: int, slopes: Sequence[jax.Array]) -> None:
         """Writes one head's tables."""
         C, width = self.query_GCW.shape[1:]
-        i_CC, j_CC = _iota((C, C), 0), _iota((C, C), 1)
-        self.intra_GCC[head] = jnp.where(i_CC >= j_CC, _decay(slope, i_CC - j_CC), 0)
-        i_CW = _iota((C, width), 0)
-        self.query_GCW[head] = _decay(slope, i_CW + 1)
-        self.key_GCW[head] = _decay(slope, C - 1 - i_CW)
+        i_CC, j_CC = iota((C, C), 0), iota((C, C), 1)
+        for place, slope in enumerate(slopes):
+            decay_CC = jnp.where(i_CC >= j_CC, _decay(slope, i_CC - j_CC), 0)
+            self.intra_GCC[head * len(slopes) + place] = decay_CC
+        i_CW = iota((C, width), 0)
+        slope_1W = _over_lanes(slopes, width)
+        self.query_GCW[head] = _decay(slope_1W, i_CW + 1)
+        self.key_GCW[head] = _decay(slope_1W, C - 1 - i_CW)
 
 
 class Weights(NamedTuple):
     """Decay factors of one chunk and head, zero where a boundary separates the two ends."""
 
-    intra_CC: jax.Array
+    intra_CC: list[jax.Array]  # of each head in the pack
     query_CW: jax.Array
     key_CW: jax.Array
     carry_1W: jax.Array  # the entering state to the leaving one
@@ -208,7 +121,7 @@ class Chunk:
         self,
         plan: Plan,
         tables: Tables,
-        slope: Callable,
+        slopes: Callable,
         boundaries: Boundaries | None,
         place: Place | None,
         index: int,
@@ -216,7 +129,7 @@ class Chunk:
         """``place`` is None for a block that is full and free of boundaries."""
         C = plan.tiles.chunk
         self.index = index
-        self._plan, self._tables, self._slope = plan, tables, slope
+        self._plan, self._tables, self._slopes = plan, tables, slopes
         self._rows = slice(index * C, (index + 1) * C)
         self._careful = place is not None
         if self._careful:
@@ -224,14 +137,14 @@ class Chunk:
             self._first, self._last, self._same_CC = C, 0, None
             if boundaries is not None:
                 self._first, self._last = boundaries.first_and_last(place.chunk + index)
-                self._same_CC = _iota((C, C), 0) < boundaries.ends[:, self._rows]
+                self._same_CC = iota((C, C), 0) < boundaries.ends[:, self._rows]
 
     def take(self, operand_TD: Any, head: int, width: int) -> jax.Array:
         """One head's rows [C, width]; zeros behind the end of the row, where memory may hold anything."""
         x_CD = operand_TD[self._rows, head * width : (head + 1) * width]
         if not (self._careful and self._plan.ragged):
             return x_CD
-        return jnp.where(_iota(x_CD.shape, 0) < self._length, x_CD, jnp.zeros_like(x_CD))
+        return jnp.where(iota(x_CD.shape, 0) < self._length, x_CD, jnp.zeros_like(x_CD))
 
     def put(self, result_TD: Any, head: int, width: int, x_CD: jax.Array) -> None:
         """The inverse of ``take``."""
@@ -239,16 +152,19 @@ class Chunk:
 
     def weights(self, head: int) -> Weights:
         """Decay factors of one head."""
-        intra_CC, query_CW, key_CW = (table[head] for table in self._tables)
+        P, (intra_GCC, *other_tables) = self._plan.packed, self._tables
+        intra_CC = [intra_GCC[head * P + place] for place in range(P)]
+        query_CW, key_CW = (table[head] for table in other_tables)
         carry_1W = query_CW[-1:]
         if not self._careful:
             return Weights(intra_CC, query_CW, key_CW, carry_1W)
-        i_CW = _iota(query_CW.shape, 0)
+        i_CW = iota(query_CW.shape, 0)
         if self._plan.ragged:
-            key_CW = _decay(self._slope(head), self._length - 1 - i_CW)
-            carry_1W = _decay(self._slope(head), jnp.full(carry_1W.shape, self._length, jnp.int32))
+            slope_1W = _over_lanes(self._slopes(head), i_CW.shape[1])
+            key_CW = _decay(slope_1W, self._length - 1 - i_CW)
+            carry_1W = _decay(slope_1W, jnp.full(carry_1W.shape, self._length, jnp.int32))
         if self._same_CC is not None:
-            intra_CC = jnp.where(self._same_CC, intra_CC, 0)
+            intra_CC = [jnp.where(self._same_CC, x_CC, 0) for x_CC in intra_CC]
             query_CW = jnp.where(i_CW < self._first, query_CW, 0)
             key_CW = jnp.where(i_CW >= self._last, key_CW, 0)
             carry_1W = jnp.where(self._first == self._plan.tiles.chunk, carry_1W, 0)
@@ -284,5 +200,11 @@ def _decay(slope: jax.Array, distance: jax.Array) -> jax.Array:
     return jnp.exp(-slope * jnp.maximum(distance, 0).astype(F32))
 
 
-def _iota(shape: tuple[int, ...], dimension: int) -> jax.Array:
-    return lax.broadcasted_iota(jnp.int32, shape, dimension)
+def _over_lanes(slopes: Sequence[jax.Array], width: int) -> jax.Array:
+    """The slope of the head that owns a lane [1, width], or the only one there is."""
+    if len(slopes) == 1:
+        return slopes[0]
+    owner_1W, slope_1W = iota((1, width), 1) // (width // len(slopes)), jnp.zeros((1, width), F32)
+    for place, slope in enumerate(slopes):
+        slope_1W = jnp.where(owner_1W == place, slope, slope_1W)
+    return slope_1W

@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.lightning_attention import tpu_backward, tpu_decode, tpu_forward
-from pallas_kernels.lightning_attention.tpu_block import F32, Boundaries, Plan, Tiles
+from pallas_kernels.lightning_attention.tpu_block import Boundaries
+from pallas_kernels.lightning_attention.tpu_plan import F32, Plan, Tiles
+from pallas_kernels.lightning_attention.tpu_tiles import packed
 
 Case = tuple[Callable, tuple[Any, ...]]
 Shape = jax.ShapeDtypeStruct
@@ -43,7 +45,14 @@ def backward(**sizes: Any) -> Case:
 def decode(*, batch: int, tokens: int, heads: int, key: int = 128, value: int = 128, dtype: str = "bfloat16") -> Case:
     """The decode kernel alone, its state donated."""
     q, v = (Shape((batch, tokens, heads, width), jnp.dtype(dtype)) for width in (key, value))
-    return tpu_decode.decode, (q, q, v, Shape((heads,), F32), Shape((batch, heads, key, value), F32))
+    # Not donated, the state would be copied first, perhaps into VMEM, and moving it be no part of the count.
+    return jax.jit(tpu_decode.decode, donate_argnums=4), (
+        q,
+        q,
+        v,
+        Shape((heads,), F32),
+        Shape((batch, heads, key, value), F32),
+    )
 
 
 def _call(
@@ -57,10 +66,11 @@ def _call(
     dtype: str = "bfloat16",
     documents: bool = False,
 ) -> tuple[Plan, tuple[Any, ...], int, int]:
-    sizes = Tiles(**tiles)
-    plan = Plan(sizes, tokens, min(sizes.heads, heads), key, value, jnp.dtype(dtype), documents, interpret=False)
+    sizes, P = Tiles(**tiles), packed(heads, key, value)
+    heads, key, value = heads // P, key * P, value * P
+    plan = Plan(sizes, tokens, min(sizes.heads, heads), key, value, jnp.dtype(dtype), documents, False, P)
     q, v = (Shape((batch, tokens, heads * width), plan.dtype) for width in (key, value))
     boundaries = None
     if documents:
         boundaries = jax.eval_shape(lambda starts: Boundaries.of(starts, sizes), Shape((batch, tokens), jnp.bool_))
-    return plan, (q, q, v, v, Shape((heads,), F32), boundaries), batch, heads
+    return plan, (q, q, v, v, Shape((heads * P,), F32), boundaries), batch, heads

@@ -1,21 +1,23 @@
 """Figures of the TPU kernels: predicted by the compiler for any chip, or measured on the chip that is here.
 
-The unit is nanoseconds a token and head.
+The unit is nanoseconds a token and head; of decoding, a call.
 """
 
 import dataclasses
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.aot import Chip, static_cycles
+from pallas_kernels.aot import Chip, ProfileError, static_cycles
 from pallas_kernels.lightning_attention import tpu_cases
 from pallas_kernels.lightning_attention.tpu_backward import NAME as BACKWARD
-from pallas_kernels.lightning_attention.tpu_block import Tiles
+from pallas_kernels.lightning_attention.tpu_decode import NAME as DECODE
 from pallas_kernels.lightning_attention.tpu_forward import NAME as FORWARD
+from pallas_kernels.lightning_attention.tpu_plan import Tiles
 
 KERNELS = {"forward": FORWARD, "backward": BACKWARD}
 
@@ -74,13 +76,69 @@ class Call:
         """Nanoseconds a token and head on the TPU that is here, the median of several runs of several calls each."""
         function, shapes = getattr(tpu_cases, self.kernel)(**self.arguments)
         arguments = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        calls = 10
         compiled = jax.jit(function).lower(*arguments).compile()
-        jax.block_until_ready(compiled(*arguments))
-        times = []
-        for _ in range(repetitions):
-            started = time.perf_counter()
-            results = [compiled(*arguments) for _ in range(calls)]
-            jax.block_until_ready(results)
-            times.append((time.perf_counter() - started) / calls)
-        return 1e9 * statistics.median(times) / self.token_heads
+        return 1e9 * _median_seconds(lambda: compiled(*arguments), repetitions) / self.token_heads
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeCall:
+    """The decode kernel at one size.
+
+    By default the heads that one program works on, so that blocks of several tokens lie in one piece: the static
+    profiler counts no cycles where they do not.
+    """
+
+    tokens: int
+    batch: int = 32
+    heads: int = 16
+    key: int = 128
+    value: int = 128
+    dtype: str = "bfloat16"
+
+    @property
+    def states(self) -> int:
+        """States that are updated."""
+        return self.batch * self.heads
+
+    @property
+    def bytes_moved(self) -> int:
+        """Bytes that must cross the HBM: each state in and out, and the tokens."""
+        channels = 2 * self.key + 2 * self.value
+        return self.states * (8 * self.key * self.value + self.tokens * channels * jnp.dtype(self.dtype).itemsize)
+
+    def cycles(self, chip: Chip, timeout: float = 300) -> int:
+        """The compiler's static count for a call.
+
+        Raises:
+          ProfileError: if the kernel does not compile or cannot be profiled.
+        """
+        case = f"{tpu_cases.__name__}:decode"
+        cycles = static_cycles(chip, case, dataclasses.asdict(self), timeout)[DECODE]
+        if not cycles:
+            raise ProfileError(f"{case} on {chip.name}: the profiler counts no cycles")
+        return cycles
+
+    def measure(self, repetitions: int = 10) -> float:
+        """Seconds of a call on the TPU that is here, each taking the state that the one before left."""
+        function, shapes = tpu_cases.decode(**dataclasses.asdict(self))
+        *operands, state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        compiled = function.lower(*operands, state).compile()
+
+        def call():
+            nonlocal state
+            _, state = compiled(*operands, state)
+            return state
+
+        return _median_seconds(call, repetitions)
+
+
+def _median_seconds(call: Callable[[], Any], repetitions: int) -> float:
+    """Seconds of a call: the median of several runs of several calls each."""
+    calls = 10
+    jax.block_until_ready(call())
+    times = []
+    for _ in range(repetitions):
+        started = time.perf_counter()
+        jax.block_until_ready([call() for _ in range(calls)][-1])
+        times.append((time.perf_counter() - started) / calls)
+    return statistics.median(times)

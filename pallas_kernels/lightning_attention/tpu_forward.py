@@ -13,16 +13,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.lightning_attention.tpu_block import (
-    F32,
-    Boundaries,
-    Chunk,
-    Place,
-    Plan,
-    Tables,
-    for_block,
-    interleave,
-)
+from pallas_kernels.lightning_attention.tpu_block import Boundaries, Chunk, Place, Tables, for_block, interleave
+from pallas_kernels.lightning_attention.tpu_plan import F32, Plan
 
 NAME = "lightning_attention_forward"
 _STAGES = 3
@@ -40,7 +32,7 @@ def forward(
 ) -> tuple[jax.Array, ...]:
     """Outputs [B, S, H x V], the final state [B, H, K, V] and, if kept, the blocks' entering states [B, N, H, K, V]."""
     B, S, _ = q_BSD.shape
-    H, G, K, V, N = slopes_H.shape[0], plan.heads, plan.key, plan.value, plan.blocks
+    H, G, K, V, N = slopes_H.shape[0] // plan.packed, plan.heads, plan.key, plan.value, plan.blocks
     in_order = lambda n: n  # noqa: E731
     out_specs = [plan.tokens(V, in_order), plan.state()]
     out_shape = [jax.ShapeDtypeStruct((B, S, H * V), v_BSD.dtype), jax.ShapeDtypeStruct((B, H, K, V), F32)]
@@ -71,13 +63,13 @@ def _kernel(plan: Plan, keep_states: bool, slopes_H, *refs) -> None:
     q_TD, k_TD, v_TD, initial_GKV, o_TD, final_GKV, *states_GKV, carried_GKV, intra_GCC, query_GCW, key_GCW = refs
     tables = Tables(intra_GCC, query_GCW, key_GCW)
     first_head, block = pl.program_id(1) * plan.heads, pl.program_id(2)
-    slope = lambda head: slopes_H[first_head + head]  # noqa: E731
+    slopes = plan.slopes(slopes_H, first_head)
 
     @pl.when(block == 0)
     def _():
         carried_GKV[...] = initial_GKV[...]
         for head in range(plan.heads):
-            tables.fill(head, slope(head))
+            tables.fill(head, slopes(head))
 
     if keep_states:
         states_GKV[0][...] = carried_GKV[...]
@@ -89,22 +81,24 @@ def _kernel(plan: Plan, keep_states: bool, slopes_H, *refs) -> None:
             q_CK, k_CK = (chunk.take(ref, head, plan.key) for ref in (q_TD, k_TD))
             v_CV = chunk.take(v_TD, head, plan.value)
             w = chunk.weights(head)
-            products_CC = plan.dot(q_CK, k_CK, (1, 1))
+            products_CC = [plan.dot(q_CK, own_CK, (1, 1)) for own_CK in plan.apart(k_CK)]
             k_decayed_CK = w.scale(k_CK, w.key_CW)
             yield
-            scores_CC = (products_CC * w.intra_CC).astype(v_CV.dtype)
+            scores_CC = [(x * w_CC).astype(v_CV.dtype) for x, w_CC in zip(products_CC, w.intra_CC, strict=True)]
             yield
             state_KV = state[head].astype(plan.dtype)
             if plan.tiles.fused:
                 q_decayed_CK = w.scale(q_CK, w.query_CW)
-                left, right = jnp.concatenate([scores_CC, q_decayed_CK], 1), jnp.concatenate([v_CV, state_KV], 0)
-                o_CV = plan.dot(left, right)
+                left = jnp.concatenate([*scores_CC, q_decayed_CK], 1)
+                o_CV = plan.dot(left, jnp.concatenate([*plan.apart(v_CV), state_KV], 0))
             else:
-                o_CV = plan.dot(scores_CC, v_CV) + w.query_CW[:, : plan.value] * plan.dot(q_CK, state_KV)
+                o_CV = plan.dots(scores_CC, v_CV) + w.query_CW[:, : plan.value] * plan.dot(q_CK, state_KV)
             chunk.put(o_TD, head, plan.value, o_CV)
-            state[head] = w.carry_1W[:, : plan.value] * state[head] + plan.dot(k_decayed_CK, v_CV, (0, 0))
+            state[head] = w.carry_1W[:, : plan.value] * state[head] + plan.diagonal(
+                plan.dot(k_decayed_CK, v_CV, (0, 0))
+            )
 
-        chunks = [Chunk(plan, tables, slope, boundaries, place, c) for c in range(plan.chunks)]
+        chunks = [Chunk(plan, tables, slopes, boundaries, place, c) for c in range(plan.chunks)]
         interleave([one(chunk, head) for chunk in chunks for head in range(plan.heads)], _STAGES, plan.tiles.lag)
         for head, state_KV in state.items():
             carried_GKV[head] = state_KV

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.lightning_attention.tpu_block import Plan, Tiles, vmem_bytes
+from pallas_kernels.lightning_attention.tpu_plan import Plan, Tiles, vmem_bytes
 from pallas_kernels.platform import target_device_kind
 
 TABLE = Path(__file__).with_name("tpu_tiles.json")
@@ -50,6 +50,8 @@ def choose_tiles(q_BSHK: jax.Array, v_BSHV: jax.Array, kind: str | None = None) 
       kind: of device; None takes the one that the code is traced for.
     """
     (B, S, H, K), V = q_BSHK.shape, v_BSHV.shape[-1]
+    P = packed(H, K, V)
+    H, K, V = H // P, K * P, V * P
     kind = target_device_kind() if kind is None else kind
     kind = _SAME.get(kind, kind)
     key, value = padded(K), padded(V)
@@ -60,7 +62,7 @@ def choose_tiles(q_BSHK: jax.Array, v_BSHV: jax.Array, kind: str | None = None) 
     while True:
         # Both kernels share the blocks: the states at their edges pass from one to the other.
         pair = [_fit(dataclasses.replace(tiles, block=block), S) for tiles in pair]
-        plans = [Plan(tiles, S, tiles.heads, key, value, q_BSHK.dtype, True, False) for tiles in pair]
+        plans = [Plan(tiles, S, tiles.heads, key, value, q_BSHK.dtype, True, False, P) for tiles in pair]
         if vmem_bytes(plans[1], (key, key, value, value), (key, key, value)) <= _VMEM_BYTES.get(kind, _MOST_VMEM_BYTES):
             return pair[0], pair[1]
         if block > max(tiles.chunk for tiles in pair):
@@ -69,6 +71,11 @@ def choose_tiles(q_BSHK: jax.Array, v_BSHV: jax.Array, kind: str | None = None) 
             pair = [dataclasses.replace(tiles, heads=max(1, tiles.heads // 2)) for tiles in pair]
         else:
             return pair[0], pair[1]
+
+
+def packed(heads: int, key: int, value: int) -> int:
+    """How many heads the kernels take side by side as one: two of 64 channels, which would fill half of the lanes."""
+    return 2 if key == value == LANES // 2 and heads % 2 == 0 else 1
 
 
 def padded(channels: int) -> int:

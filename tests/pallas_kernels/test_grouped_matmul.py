@@ -11,6 +11,7 @@ from pallas_kernels.aot import CHIPS, compile_for_chip, missing_compiler
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.grouped_matmul.blocked import Blocks, grouped_matmul_blocked
 from pallas_kernels.grouped_matmul.op import _choose
+from pallas_kernels.grouped_matmul.tpu import Tiles, grouped_matmul_tpu
 from pallas_kernels.platform import compile_for
 
 SIZES = {
@@ -105,6 +106,22 @@ def test_tpu_kernels_equal_reference(dtype):
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
             assert a.dtype == dtype
             assert np.abs(a.astype(jnp.float32) - b).max() <= tolerance * np.abs(b).max()
+
+
+def test_wide_tiles_of_output_channels():
+    assert Tiles(512, 1024).of_product(6144, 9216) == (512, 1024, 1536)
+    assert Tiles(512, 1024).of_product(9216, 6144) == (512, 1024, 1536)
+    assert Tiles(512, 1024).of_gradient(6144, 9216) == (512, 1024, 1024)
+    assert Tiles(128, 1024).of_product(200, 130) == (128, 256, 256)
+    # Two tiles of 384 channels of output, forward and in the gradient of the rows.
+    rng = np.random.default_rng(2)
+    x, w, dy = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((150, 768), (2, 768, 768), (150, 768)))
+    sizes = jnp.asarray([50, 100], jnp.int32)
+    run = functools.partial(grouped_matmul_tpu, group_sizes_E=sizes, tiles=Tiles(128, 256), interpret=True)
+    got, pullback = jax.vjp(lambda x, w: run(x, w), x, w)
+    want, reference = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, implementation="reference"), x, w)
+    for a, b in zip((got, *pullback(dy)), (want, *reference(dy)), strict=True):
+        assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max()
 
 
 @pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))

@@ -19,7 +19,8 @@ from pallas_kernels.lightning_attention import (
 )
 from pallas_kernels.lightning_attention.reference import lightning_attention_reference
 from pallas_kernels.lightning_attention.tpu import lightning_attention_tpu
-from pallas_kernels.lightning_attention.tpu_block import Boundaries, Tiles, interleave
+from pallas_kernels.lightning_attention.tpu_block import Boundaries, interleave
+from pallas_kernels.lightning_attention.tpu_plan import Tiles
 from pallas_kernels.lightning_attention.tpu_tiles import choose_tiles
 
 INTERPRET = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)
@@ -39,6 +40,8 @@ CASES = {
     "bfloat16": (1, 700, 4, 128, 128, "bfloat16", FUSED),
     "bfloat16, products apart": (1, 400, 2, 128, 128, "bfloat16", LONG),
     "64 channels": (1, 130, 3, 64, 64, "float32", SHORT),
+    "64 channels in pairs": (1, 300, 4, 64, 64, "float32", FUSED),
+    "64 channels in pairs, bfloat16": (1, 300, 4, 64, 64, "bfloat16", LONG),
     "96 channels and 64": (1, 130, 2, 96, 64, "float32", SHORT),
     "64 channels and 256": (1, 130, 1, 64, 256, "float32", LONG),
     "256 channels and 128": (1, 130, 1, 256, 128, "float32", FUSED),
@@ -89,7 +92,7 @@ def compare(arguments, cotangents, tiles, ids, dtype):
 
 # Every case with documents; what is left out of a kernel without any, and ids that come back, on a few.
 PAIRS = [(case, "random lengths") for case in CASES]
-PAIRS += [(case, "no ids") for case in ("whole blocks", "one token", "ragged", "bfloat16")]
+PAIRS += [(case, "no ids") for case in ("whole blocks", "one token", "ragged", "64 channels in pairs")]
 PAIRS += [(case, "ids that come back") for case in ("one token", "a chunk with no token")]
 
 
@@ -161,6 +164,9 @@ DECODE = {
     "one token": (2, 1, 8, 128, 128, "bfloat16"),
     "odd heads": (1, 4, 3, 128, 256, "float32"),
     "several programs": (1, 8, 32, 128, 128, "float32"),
+    "one token, fp32": (1, 1, 3, 256, 128, "float32"),
+    "all rows of a square, bfloat16": (2, 8, 16, 128, 128, "bfloat16"),
+    "odd heads, bfloat16": (1, 2, 3, 256, 128, "bfloat16"),
 }
 
 

@@ -1,5 +1,7 @@
 """FLOPs, bytes, memory and time read off a small scheduled program that is written out here."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -11,6 +13,7 @@ from mmx.plan.memory import carried, largest_buffers
 from mmx.plan.schedule import play
 from mmx.plan.work import kernel, part, work
 from pallas_kernels.aot.chips import CHIPS
+from pallas_kernels.lightning_attention.tpu_tiles import TABLE
 from pallas_kernels.softmax_attention.tpu_figures import share_of_peak
 from tests.mmx.plan.test_machine import Device
 
@@ -217,3 +220,26 @@ def test_schedule_adds_up(program):
     assert schedule.seconds == pytest.approx(products + reduce, rel=1e-3)  # Copies and updates are small beside it.
     longer = play(program, chip, torus, lambda kernel: 0.0, open_turns=1003)
     assert longer.seconds - schedule.seconds == pytest.approx(1000 * 1750 / chip.clock, rel=1e-3)
+
+
+def test_schedule_counts_kernels_calls(program):
+    # The open loop's product as a call of the backward kernel: 4 heads of 128 x 128, 1,024 tokens.
+    ours = "bf16[1,1024,512]{2,1,0:T(8,128)(2,1)}"
+    call = (
+        f"%lightning_attention_backward.7 = ({', '.join([ours] * 3)}, f32[1,4,128,128]{{3,2,1,0:T(8,128)}}) "
+        'custom-call(%y), custom_call_target="tpu_custom_call", metadata={stack_frame_id=2}'
+    )
+    text = PROGRAM.replace("  ROOT %next", f"  {call}\n  ROOT %next")
+    chip = CHIPS["v5p"]
+    torus = Torus(chip, [Device(c) for c in np.ndindex(4, 1, 1)], {"fsdp": 4})
+    schedule = play(parse(text), chip, torus, kernel_seconds(chip), open_turns=3)
+    without = play(program, chip, torus, kernel_seconds(chip), open_turns=3)
+    assert not without.kernels
+    (found,) = schedule.kernels.items()
+    assert found[0] == "lightning_attention_backward"
+    assert found[1].times == 3
+    _, backward = next(r for r in json.loads(TABLE.read_text())["tiles"] if r["device"] == chip.device_kind)[
+        "ns_per_token_and_head"
+    ]
+    assert found[1].seconds == pytest.approx(3 * 4 * 1024 * backward * 1e-9)
+    assert schedule.seconds - without.seconds == pytest.approx(found[1].seconds)
