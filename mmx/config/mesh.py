@@ -40,12 +40,12 @@ class MeshConfig:
             sizes[free[0]] = num_devices // fixed
         elif fixed != num_devices:
             raise ConfigError(
-                f"the mesh has {_product(sizes)} and this run has {num_devices} devices: "
+                f"the mesh has {_described(sizes)} and this run has {num_devices} devices: "
                 "change a mesh axis, or set one to -1"
             )
         return sizes
 
 
-def _product(sizes: dict[str, int]) -> str:
+def _described(sizes: dict[str, int]) -> str:
     split = [f"{axis} {size}" for axis, size in sizes.items() if size > 1]
     return f"{' x '.join(split)} = {math.prod(sizes.values())} devices" if split else "no axis above 1"

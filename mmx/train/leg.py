@@ -31,7 +31,7 @@ from mmx.train.step import TrainState, abstract_params, abstract_state, train_st
 
 # Up to four passes over documents teach nearly as much as new ones, more teach ever less (Muennighoff et al.,
 # "Scaling Data-Constrained Language Models", 2023).
-_WORTHWHILE_PASSES = 4
+WORTHWHILE_PASSES = 4
 
 
 class Leg:
@@ -63,11 +63,11 @@ class Leg:
         self.tokens_per_step = grown.data.batch_size * grown.data.sequence_length
 
     def often_repeated(self) -> dict[str, float]:
-        """Parts of the data that the whole stage goes over more often than documents are worth it, and how often."""
+        """Parts of the data that the whole stage goes over more than ``WORTHWHILE_PASSES`` times, and how often."""
         train, data = self.run.train, self.run.data
-        lengths = (train.tokens // data.sequence_length, train.steps * data.batch_size)
+        lengths = (-(-train.tokens // data.sequence_length), train.steps * data.batch_size)
         rows = min(length for length in lengths if length)
-        return {str(part): times for part, times in self._data.passes(rows).items() if times > _WORTHWHILE_PASSES}
+        return {str(part): times for part, times in self._data.passes(rows).items() if times > WORTHWHILE_PASSES}
 
     def in_scope(self) -> AbstractContextManager[Any]:
         """The mesh, as the context that compiling and running on it need."""

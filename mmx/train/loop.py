@@ -20,7 +20,7 @@ from mmx.train.checkpoint import CHECKPOINTS, Checkpoints, Progress, load_initia
 from mmx.train.console import Console
 from mmx.train.evaluate import HeldoutLoss
 from mmx.train.goodput import COMPILING, DATA, EVALUATING, PRODUCTIVE, SAVING, Goodput
-from mmx.train.leg import Leg, require_data
+from mmx.train.leg import WORTHWHILE_PASSES, Leg, require_data
 from mmx.train.lock import locked_for_all
 from mmx.train.metrics import MetricsWriter, read_metrics
 from mmx.train.noise_scale import NoiseScale
@@ -186,8 +186,8 @@ class _Session:
         if progress.step == progress.step_before_stage:
             for part, times in leg.often_repeated().items():
                 console.say(
-                    f"warning: {part} will be read {times:.1f} times, and what is read more than 4 times is learned by "
-                    "heart: prepare more of it, lower its weight, or train for fewer tokens"
+                    f"warning: {part} will be read {times:.1f} times, and what is read more than {WORTHWHILE_PASSES} "
+                    "times is learned by heart: prepare more of it, lower its weight, or train for fewer tokens"
                 )
         console.say("compiling the training step")
         started = time.monotonic()

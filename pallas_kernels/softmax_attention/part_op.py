@@ -33,53 +33,17 @@ class PartForm(NamedTuple):
         first_N, end_N = visible_blocks(q_places, k_places, self.block)
         return (first_N < end_N).any()
 
-    def attention(
-        self,
-        q_BSHK: jax.Array,
-        k_BTGK: jax.Array,
-        v_BTGV: jax.Array,
-        q_places: Places,
-        k_places: Places,
-        scale: float,
-    ) -> tuple[jax.Array, jax.Array]:
-        """Attention to these keys alone.
-
-        Args:
-          q_BSHK, k_BTGK, v_BTGV: one floating dtype; H is a multiple of G.
-          q_places, k_places: of the queries and of the keys.
-          scale: of the scores.
-
-        Returns:
-          o [B, S, H, V], fp32 (float64 for float64 inputs) or the operands' dtype, and the log-sum-exp of the scores
-          [B, S, H], fp32 (float64); 0 and hugely negative for queries that see none of the keys.
-        """
+    def attention(self, q_BSHK, k_BTGK, v_BTGV, q_places: Places, k_places: Places, scale: float):
+        """``part.attention_part``; the TPU's kernels round the output to the operands' dtype."""
         operands = q_BSHK, k_BTGK, v_BTGV, q_places, k_places, scale
         if self.kernels is None:
             return part.attention_part(*operands, self.block)
         return tpu_part.attention_part_tpu(*operands, self.slice_length, self.kernels)
 
     def gradients(
-        self,
-        q_BSHK: jax.Array,
-        k_BTGK: jax.Array,
-        v_BTGV: jax.Array,
-        q_places: Places,
-        k_places: Places,
-        scale: float,
-        do_BSHV: jax.Array,
-        lse_BSH: jax.Array,
-        delta_BSH: jax.Array,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """What these keys contribute to the gradients of attention to all keys.
-
-        Args:
-          do_BSHV: cotangent of the output.
-          lse_BSH: log-sum-exp of the scores over all keys.
-          delta_BSH: sum of do * o over channels.
-
-        Returns:
-          dq [B, S, H, K], dk [B, T, G, K], dv [B, T, G, V], fp32 (float64 for float64 inputs).
-        """
+        self, q_BSHK, k_BTGK, v_BTGV, q_places: Places, k_places: Places, scale: float, do_BSHV, lse_BSH, delta_BSH
+    ):
+        """``part.attention_part_gradients``; fp32 on TPU too, of what its kernels rounded to the operands' dtype."""
         operands, cotangents = (q_BSHK, k_BTGK, v_BTGV, q_places, k_places, scale), (do_BSHV, lse_BSH, delta_BSH)
         if self.kernels is None:
             return part.attention_part_gradients(*operands, self.block, *cotangents)

@@ -211,6 +211,8 @@ def test_documents_that_are_read_too_often_are_named(data):
     leg = Leg(dataclasses.replace(run, stages=(five_passes, run.stages[1])), stage=0)
     assert leg.often_repeated() == {"words": pytest.approx(5, rel=0.02)}
     assert Leg(run, stage=0).often_repeated() == {}
+    less_than_a_row = dataclasses.replace(run.stages[1], tokens=10)
+    assert Leg(dataclasses.replace(run, stages=(run.stages[0], less_than_a_row)), stage=1).often_repeated() == {}
 
 
 def test_the_same_stages_do_nothing_and_fewer_are_refused(data, finished):
