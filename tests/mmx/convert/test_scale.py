@@ -98,7 +98,7 @@ def peaks(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("peaks")
     found = {}
-    for layers in (4, 16):
+    for layers in (4, 40):
         config = ModelConfig(
             vocab_size=512,
             hidden_size=1024,
@@ -126,9 +126,10 @@ def peaks(tmp_path_factory):
 
 
 def test_memory_does_not_grow_with_the_number_of_layers(peaks):
-    small, large = peaks[4], peaks[16]
+    small, large = peaks[4], peaks[40]
     growth = large["size"] - small["size"]
-    assert growth > 500 * MIB
+    # What threads hold at a time varies from run to run by some 80 MB: an eighth of the growth has to be well above.
+    assert growth > 1500 * MIB
     for work in ("import", "4MiB", "64MiB"):
         assert large[work] - small[work] < growth / 8, peaks
 
