@@ -16,12 +16,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels.aot.chips import Chip
 
-# libtpu reads these when it is loaded: several processes may load it, and there is no host to ask about the machine.
+# libtpu reads these when it is loaded: several processes may load it, there is no host to ask about the machine, and
+# logs, which would fill the temporary folder, are of no use.
 COMPILER_ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_LOG_DIR": "disabled",
 }
 
 

@@ -4,6 +4,7 @@ import bisect
 import itertools
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -94,11 +95,11 @@ def test_released_model_in_the_program(released):
 def peaks(tmp_path_factory):
     """Size of a checkpoint and most memory of an import and of exports, by the number of layers.
 
-    25 MiB a layer, no tensor above 4 MiB.
+    54 MiB a layer, no tensor above 4 MiB.
     """
     folder = tmp_path_factory.mktemp("peaks")
     found = {}
-    for layers in (4, 40):
+    for layers in (4, 28):
         config = ModelConfig(
             vocab_size=512,
             hidden_size=1024,
@@ -118,18 +119,22 @@ def peaks(tmp_path_factory):
         found[layers] = {
             "size": sum(path.stat().st_size for path in (at / "hf").glob("*.safetensors")),
             "import": peak_bytes(f"--source={at / 'hf'}", f"--target={at / 'run'}"),
-        } | {
-            shard: peak_bytes(f"--source={at / 'run'}", f"--target={at / shard}", f"--shard_size={shard}")
-            for shard in ("4MiB", "64MiB")
         }
+        for shard in ("4MiB", "64MiB"):
+            found[layers][shard] = peak_bytes(
+                f"--source={at / 'run'}", f"--target={at / shard}", f"--shard_size={shard}"
+            )
+            # No more disk than two checkpoints at a time.
+            shutil.rmtree(at / shard)
+        shutil.rmtree(at)
     return found
 
 
 def test_memory_does_not_grow_with_the_number_of_layers(peaks):
-    small, large = peaks[4], peaks[40]
+    small, large = peaks[4], peaks[28]
     growth = large["size"] - small["size"]
     # What threads hold at a time varies from run to run by some 80 MB: an eighth of the growth has to be well above.
-    assert growth > 1500 * MIB
+    assert growth > 1200 * MIB
     for work in ("import", "4MiB", "64MiB"):
         assert large[work] - small[work] < growth / 8, peaks
 
