@@ -12,6 +12,8 @@ from collections.abc import Iterator
 
 import jax
 
+# Kinds of device that JAX spells in two ways.
+_SAME_KIND = {"TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lite"}
 _NAMES = {"cpu": "cpu", "gpu": "gpu", "cuda": "gpu", "rocm": "gpu", "tpu": "tpu"}
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("target_platform", default=None)
 
@@ -31,13 +33,18 @@ def target_platform() -> str:
 
 
 def target_device_kind() -> str | None:
-    """The kind of device that code is traced for, as JAX spells it ("TPU v5 lite"), where mesh or host tells."""
+    """The kind of device that code is traced for, in one spelling ("TPU v5 lite"), where mesh or host tells."""
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.abstract_device is not None:
-        return mesh.abstract_device.device_kind
+        return one_spelling(mesh.abstract_device.device_kind)
     if target_platform() != _NAMES[jax.default_backend()]:
         return None
-    return jax.devices()[0].device_kind
+    return one_spelling(jax.devices()[0].device_kind)
+
+
+def one_spelling(device_kind: str) -> str:
+    """Of a kind of device for which JAX has several, the one that tables are keyed by."""
+    return _SAME_KIND.get(device_kind, device_kind)
 
 
 def unsplit() -> bool:

@@ -1,33 +1,39 @@
 """How long a Pallas kernel's call takes, predicted.
 
-Lightning attention and splash attention by the cycles that the compiler counted for them, kept in tables beside them;
-other kernels, which the static profiler does not follow, at the chip's peak FLOP/s: an optimistic guess, which the
-calibration holds to account. Splash attention's cycles are those of the blocks that it computes.
+By the cycles that the compiler counted, kept in tables beside the kernels: of lightning attention, of splash attention
+on the blocks that it computes (on the diagonal of a row, all of a block), of the experts' products on their tiles (one
+more where two groups meet). On a chip that was not counted, at its peak FLOP/s: an optimistic guess.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 
-from mmx.plan.work import Kernel, splash_kernel
+from mmx.plan.work import Kernel
 from pallas_kernels.aot.chips import Chip
+from pallas_kernels.grouped_matmul import tpu_tiles
 from pallas_kernels.lightning_attention.tpu_tiles import TABLE
-from pallas_kernels.softmax_attention.tpu_figures import share_of_peak
+from pallas_kernels.size_table import read_rows
+from pallas_kernels.softmax_attention import tpu_blocks
 
 
 def kernel_seconds(chip: Chip) -> Callable[[Kernel], float]:
     """Time of a call of a kernel on one device of ``chip``."""
-    rows = json.loads(TABLE.read_text())["tiles"]
+    rows = read_rows(TABLE)
     known = [r["ns_per_token_and_head"] for r in rows if r["device"] == chip.device_kind and r["dtype"] == "bfloat16"]
     lightning = dict(zip(("forward", "backward"), known[0], strict=True)) if known else None
 
     def seconds(kernel: Kernel) -> float:
         if kernel.token_heads and lightning:
             return kernel.token_heads * lightning["forward" if "forward" in kernel.name else "backward"] * 1e-9
-        share = 1.0
-        if kernel.name.startswith("splash"):
-            share = share_of_peak(chip.device_kind, splash_kernel(kernel.name), kernel.halved) or 1.0
-        return kernel.flops / (share * chip.flops)
+        share = None
+        if splash := kernel.splash:
+            share = tpu_blocks.share_of_peak(chip.device_kind, splash.kernel, splash.tokens, splash.whole_row)
+            if share and not splash.every_core:
+                share /= chip.cores
+        elif kernel.grouped:
+            name = "tgmm" if "tgmm" in kernel.name else "gmm"
+            share = tpu_tiles.share_of_peak(chip.device_kind, name, *kernel.grouped)
+        return kernel.flops / ((share or 1.0) * chip.flops)
 
     return seconds

@@ -154,7 +154,7 @@ class _Player:
         done = work(self.program, names, instruction)
         if not (done.flops or done.bytes):
             return 0.0
-        call = kernel(names, instruction) if instruction.operation == "custom-call" else None
+        call = kernel(self.program, names, instruction) if instruction.operation == "custom-call" else None
         seconds = self.kernel_seconds(call) if call else (instruction.cycles or 0) / self.chip.clock
         seconds = max(seconds, self.chip.memory_seconds(done.bytes) if instruction.cycles is None else 0.0)
         record = self.parts[part(self.program, instruction)]

@@ -16,7 +16,7 @@ import re
 import numpy as np
 
 from mmx.plan.hlo import Array, Instruction, Program, arrays
-from pallas_kernels.softmax_attention.tpu_figures import PRODUCTS
+from pallas_kernels.softmax_attention.tpu_blocks import PRODUCTS
 
 # Files of ours and the part of the model that they are; the innermost known frame of an instruction decides.
 PARTS = {
@@ -42,6 +42,8 @@ PARTS = {
     "train/step.py": "optimizer",
 }
 OTHER = "other"
+# What calls splash attention's kernels with rows by themselves, not as steps of a ring.
+_WHOLE_ROWS = "softmax_attention/tpu.py"
 _FREE = ("parameter", "constant", "bitcast", "get-tuple-element", "tuple", "after-all", "partition-id", "iota")
 
 
@@ -57,13 +59,24 @@ class Work:
 
 
 @dataclasses.dataclass(frozen=True)
+class Splash:
+    """What decides how fast splash attention's kernels are."""
+
+    kernel: str  # one of ``PRODUCTS``
+    tokens: int  # of a row, or of what a rank holds of it
+    whole_row: bool  # not a step of a ring
+    every_core: bool  # forward, or in two halves of the heads
+
+
+@dataclasses.dataclass(frozen=True)
 class Kernel:
     """A Pallas kernel's call."""
 
     name: str
     flops: float
-    token_heads: int  # of lightning attention; 0 for others
-    halved: bool = False  # splash attention: two halves of the heads, which two cores share
+    token_heads: int = 0  # of lightning attention
+    splash: Splash | None = None  # of splash attention
+    grouped: tuple[int, int] | None = None  # of megablox: rows and groups
 
 
 def part(program: Program, instruction: Instruction) -> str:
@@ -84,7 +97,7 @@ def work(program: Program, body: dict[str, Instruction], instruction: Instructio
     if instruction.operation in _FREE or instruction.operation.endswith(("-start", "-done")):
         return Work()
     if instruction.operation == "custom-call":
-        known = kernel(body, instruction)
+        known = kernel(program, body, instruction)
         return Work(known.flops, _io(body, instruction)) if known else Work()
     if instruction.operation == "fusion":
         return _fusion(program, body, instruction)
@@ -93,7 +106,7 @@ def work(program: Program, body: dict[str, Instruction], instruction: Instructio
     return Work(0.0, _io(body, instruction))
 
 
-def kernel(body: dict[str, Instruction], instruction: Instruction) -> Kernel | None:
+def kernel(program: Program, body: dict[str, Instruction], instruction: Instruction) -> Kernel | None:
     """The Pallas kernel that a custom call runs, or None for one of XLA's own."""
     if "tpu_custom_call" not in instruction.rest:
         return None
@@ -109,22 +122,23 @@ def kernel(body: dict[str, Instruction], instruction: Instruction) -> Kernel | N
         passes = 1 if "forward" in name else 2
         return Kernel(name, passes * token_heads * 4.0 * K * V, token_heads)
     if name.startswith("splash"):
-        # [heads, tokens, channels], with the two halves of the heads in front where they are halved.
-        wide = [a for a in (*operands, *results) if len(a.shape) in (3, 4)]
-        *heads, S, D = max(wide, key=lambda a: math.prod(a.shape[:-1])).shape
-        products = PRODUCTS[splash_kernel(name)]
-        return Kernel(name, products * 2.0 * math.prod(heads) * D * S * (S + 1) / 2, 0, len(heads) > 1)
+        # Behind the tables, q comes first: [heads, tokens, channels], the two halves of the heads in front where they
+        # are halved.
+        *heads, S, D = next(a for a in operands if a.dtype in ("bf16", "f32") and len(a.shape) in (3, 4)).shape
+        of = next(of for of in PRODUCTS if f"_{of}_" in name)
+        # The kernel of all gradients has dq's shares as a result more, a block of keys in front of q's shape.
+        if of == "dkv" and any(a.shape[-2:] == (S, D) and len(a.shape) == len(heads) + 3 for a in results):
+            of = "fused"
+        whole_row = any(file.endswith(_WHOLE_ROWS) for file, _ in program.source(instruction))
+        splash = Splash(of, S, whole_row, of == "fwd" or len(heads) > 1)
+        return Kernel(name, PRODUCTS[of] * 2.0 * math.prod(heads) * D * S * (S + 1) / 2, splash=splash)
     if "gmm" in name:
         rows = max((a for a in operands if len(a.shape) == 2), key=lambda a: a.size, default=None)
         matrices = max((a for a in (*operands, *results) if len(a.shape) == 3), key=lambda a: a.size, default=None)
         if rows and matrices:
-            return Kernel(name, 2.0 * rows.shape[0] * matrices.shape[-1] * matrices.shape[-2], 0)
-    return Kernel(name, 0.0, 0)
-
-
-def splash_kernel(name: str) -> str:
-    """Which of ``PRODUCTS`` a kernel of splash attention is."""
-    return next(kernel for kernel in PRODUCTS if f"_{kernel}_" in name)
+            E, D, F = matrices.shape
+            return Kernel(name, 2.0 * rows.shape[0] * D * F, grouped=(rows.shape[0], E))
+    return Kernel(name, 0.0)
 
 
 def _fusion(program: Program, body: dict[str, Instruction], instruction: Instruction) -> Work:

@@ -4,13 +4,13 @@ Sources, read in 2025: TPU v4, arXiv 2304.01433 and cloud.google.com/tpu/docs/v4
 cloud.google.com/tpu/docs named v5e, v5p, v6e and tpu7x (there, interconnect is given a chip, over all links; a torus of
 two dimensions has four of them, of three six). H100, H200: NVIDIA's data sheets of the SXM modules, without sparsity;
 the network of their nodes is that of DGX and HGX reference designs, one 400 Gbit/s port a GPU. The memory that programs
-get is not published: it is what libtpu 0.0.52's compiler answers to a program that is too large; a GPU's is the data
-sheet's.
+get is not published: it is what libtpu 0.0.52's compiler answers to a program that is too large, and VMEM what 0.0.42's
+and 0.0.50's answer to a kernel; a GPU's memory is the data sheet's.
 """
 
 import dataclasses
 
-GiB = 2**30
+MiB, GiB = 2**20, 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Chip:
     bandwidth: float  # HBM bytes/s
     cores: int  # programs of a parallel grid that run side by side
     memory: float  # HBM bytes that a program may use
+    vmem: float  # VMEM bytes that a kernel gets where it does not ask for more
     dimensions: int  # of the torus that chips of a slice form
     link: float  # bytes/s of one of a chip's links in one direction; a chip has two links a dimension
 
@@ -62,11 +63,11 @@ class Gpu:
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", "v4:1x1x1", "TPU v4", 1.05e9, 275e12 / 2, 1.228e12 / 2, 1, 15.25 * GiB, 3, 50e9),
-        Chip("v5e", "v5e:1x1", "TPU v5 lite", 1.5e9, 197e12, 0.819e12, 1, 15.75 * GiB, 2, 50e9),
-        Chip("v5p", "v5p:1x1x1", "TPU v5", 1.75e9, 459e12, 2.765e12, 2, 95.74 * GiB, 3, 100e9),
-        Chip("v6e", "v6e:1x1", "TPU v6 lite", 1.75e9, 918e12, 1.64e12, 1, 31.25 * GiB, 2, 100e9),
-        Chip("tpu7x", "tpu7x:1x1x1", "TPU7x", 2.2e9, 2307e12 / 2, 7.38e12 / 2, 1, 94.75 * GiB, 3, 100e9),
+        Chip("v4", "v4:1x1x1", "TPU v4", 1.05e9, 275e12 / 2, 1.228e12 / 2, 1, 15.25 * GiB, 16 * MiB, 3, 50e9),
+        Chip("v5e", "v5e:1x1", "TPU v5 lite", 1.5e9, 197e12, 0.819e12, 1, 15.75 * GiB, 16 * MiB, 2, 50e9),
+        Chip("v5p", "v5p:1x1x1", "TPU v5", 1.75e9, 459e12, 2.765e12, 2, 95.74 * GiB, 16 * MiB, 3, 100e9),
+        Chip("v6e", "v6e:1x1", "TPU v6 lite", 1.75e9, 918e12, 1.64e12, 1, 31.25 * GiB, 32 * MiB, 2, 100e9),
+        Chip("tpu7x", "tpu7x:1x1x1", "TPU7x", 2.2e9, 2307e12 / 2, 7.38e12 / 2, 1, 94.75 * GiB, 32 * MiB, 3, 100e9),
     )
 }
 GPUS = {

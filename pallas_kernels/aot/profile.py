@@ -25,19 +25,25 @@ class ProfileError(RuntimeError):
     """A kernel that does not compile, or that the profiler cannot follow."""
 
 
-def static_cycles(chip: Chip, case: str, arguments: dict[str, Any], timeout: float = 300) -> dict[str, int]:
+def static_cycles(
+    chip: Chip, case: str, arguments: dict[str, Any], timeout: float = 300, vmem_share: float = 1.0
+) -> dict[str, int]:
     """Compiles a case and returns the cycles of each kernel in it, by the kernel's name.
 
     Args:
       case: "module:function"; called with ``arguments``, it returns a function and the shapes of its arguments.
       arguments: JSON values.
       timeout: seconds that compiler and profiler may take.
+      vmem_share: of the VMEM that kernels get where they do not ask for more; below 1 for what has to fit with another
+        compiler, or with small tables more, too.
 
     Raises:
       ProfileError: with the compiler's message.
     """
     with tempfile.TemporaryDirectory(prefix="static_profile_") as folder:
         options = f"--xla_jf_dump_to={folder} --xla_jf_dump_static_llo_profile_to={folder}/profile"
+        if vmem_share < 1:
+            options += f" --xla_tpu_scoped_vmem_limit_kib={int(vmem_share * chip.vmem / 1024)}"
         environment = os.environ | COMPILER_ENVIRONMENT | {"JAX_PLATFORMS": "cpu", "LIBTPU_INIT_ARGS": options}
         # A program out of the cache is not compiled, and so not profiled.
         environment |= {"JAX_ENABLE_COMPILATION_CACHE": "false"}

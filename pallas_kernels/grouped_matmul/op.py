@@ -13,7 +13,8 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.grouped_matmul.blocked import Blocks, grouped_matmul_blocked
 from pallas_kernels.grouped_matmul.padded import grouped_matmul_padded, most_blocks
 from pallas_kernels.grouped_matmul.reference import grouped_matmul_reference
-from pallas_kernels.grouped_matmul.tpu import choose_tiles, grouped_matmul_tpu, unsupported
+from pallas_kernels.grouped_matmul.tpu import grouped_matmul_tpu, unsupported
+from pallas_kernels.grouped_matmul.tpu_tiles import choose_tiles
 from pallas_kernels.platform import no_tpu_kernel_here, say_once, target_platform
 
 IMPLEMENTATIONS = ("auto", "reference", "blocked", "padded", "ragged", "tpu", "tpu_interpret")
@@ -73,7 +74,7 @@ def grouped_matmul(
         reason = unsupported(x_MD) or (None if interpret else no_tpu_kernel_here())
         if reason is not None:
             raise NotImplementedError(f"implementation={implementation!r} cannot run: {reason}")
-        return grouped_matmul_tpu(x_MD, w_EDF, group_sizes_E, choose_tiles(M, w_EDF), interpret)
+        return grouped_matmul_tpu(x_MD, w_EDF, group_sizes_E, choose_tiles(M, E, str(x_MD.dtype)), interpret)
     raise ValueError(f"implementation={implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
 
 

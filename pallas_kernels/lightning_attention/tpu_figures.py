@@ -4,9 +4,6 @@ The unit is nanoseconds a token and head; of decoding, a call.
 """
 
 import dataclasses
-import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,6 +15,7 @@ from pallas_kernels.lightning_attention.tpu_backward import NAME as BACKWARD
 from pallas_kernels.lightning_attention.tpu_decode import NAME as DECODE
 from pallas_kernels.lightning_attention.tpu_forward import NAME as FORWARD
 from pallas_kernels.lightning_attention.tpu_plan import Tiles
+from pallas_kernels.timing import median_seconds
 
 KERNELS = {"forward": FORWARD, "backward": BACKWARD}
 
@@ -77,7 +75,7 @@ class Call:
         function, shapes = getattr(tpu_cases, self.kernel)(**self.arguments)
         arguments = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         compiled = jax.jit(function).lower(*arguments).compile()
-        return 1e9 * _median_seconds(lambda: compiled(*arguments), repetitions) / self.token_heads
+        return 1e9 * median_seconds(lambda: compiled(*arguments), repetitions) / self.token_heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,16 +127,4 @@ class DecodeCall:
             _, state = compiled(*operands, state)
             return state
 
-        return _median_seconds(call, repetitions)
-
-
-def _median_seconds(call: Callable[[], Any], repetitions: int) -> float:
-    """Seconds of a call: the median of several runs of several calls each."""
-    calls = 10
-    jax.block_until_ready(call())
-    times = []
-    for _ in range(repetitions):
-        started = time.perf_counter()
-        jax.block_until_ready([call() for _ in range(calls)][-1])
-        times.append((time.perf_counter() - started) / calls)
-    return statistics.median(times)
+        return median_seconds(call, repetitions)

@@ -6,15 +6,14 @@ Shapes: B batch, S tokens, H heads, K key channels, V value channels.
 
 import dataclasses
 import functools
-import json
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.lightning_attention.tpu_plan import Plan, Tiles, vmem_bytes
-from pallas_kernels.platform import target_device_kind
+from pallas_kernels.platform import one_spelling, target_device_kind
+from pallas_kernels.size_table import read_rows
 
 TABLE = Path(__file__).with_name("tpu_tiles.json")
 LANES = 128
@@ -22,8 +21,6 @@ LANES = 128
 DEFAULT = Tiles(block=512, chunk=128, heads=4, lag=2, fused=False)
 # Kinds of device whose parallel programs run on two cores.
 _TWO_CORES = ("TPU v4", "TPU v5", "TPU v5p")
-# Kinds that JAX spells in two ways.
-_SAME = {"TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lite"}
 # What a kernel's blocks may take of VMEM, of which v4 lets a kernel have 16 MiB and the others far more.
 _VMEM_BYTES = {"TPU v4": 8 * 2**20}
 _MOST_VMEM_BYTES = 48 * 2**20
@@ -52,8 +49,7 @@ def choose_tiles(q_BSHK: jax.Array, v_BSHV: jax.Array, kind: str | None = None) 
     (B, S, H, K), V = q_BSHK.shape, v_BSHV.shape[-1]
     P = packed(H, K, V)
     H, K, V = H // P, K * P, V * P
-    kind = target_device_kind() if kind is None else kind
-    kind = _SAME.get(kind, kind)
+    kind = target_device_kind() if kind is None else one_spelling(kind)
     key, value = padded(K), padded(V)
     pair = _table().get((kind, str(q_BSHK.dtype), key, value), (DEFAULT, DEFAULT))
     most_heads = H // 2 if kind in _TWO_CORES and B == 1 and H > 1 else H
@@ -91,8 +87,7 @@ def _fit(tiles: Tiles, length: int) -> Tiles:
 
 @functools.cache
 def _table() -> dict[tuple[str, str, int, int], tuple[Tiles, Tiles]]:
-    table: dict[str, Any] = json.loads(TABLE.read_text())
     return {
         (row["device"], row["dtype"], row["key"], row["value"]): (Tiles(**row["forward"]), Tiles(**row["backward"]))
-        for row in table["tiles"]
+        for row in read_rows(TABLE)
     }

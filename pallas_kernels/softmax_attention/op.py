@@ -11,7 +11,9 @@ from pallas_kernels.platform import no_tpu_kernel_here, say_once, target_platfor
 from pallas_kernels.softmax_attention.blocked import softmax_attention_blocked
 from pallas_kernels.softmax_attention.pairs import default_block
 from pallas_kernels.softmax_attention.reference import softmax_attention_reference
-from pallas_kernels.softmax_attention.tpu import choose_blocks, softmax_attention_tpu, unsupported
+from pallas_kernels.softmax_attention.tpu import softmax_attention_tpu, unsupported
+from pallas_kernels.softmax_attention.tpu_blocks import choose_blocks
+from pallas_kernels.softmax_attention.tpu_kernels import Kernels
 
 IMPLEMENTATIONS = ("auto", "reference", "blocked", "tpu", "tpu_interpret", "cudnn")
 
@@ -69,8 +71,8 @@ def softmax_attention(
         reason = unsupported(q_BSHK, v_BSGV) or (None if interpret else no_tpu_kernel_here())
         if reason is not None:
             raise NotImplementedError(f"implementation={implementation!r} cannot run: {reason}")
-        blocks = choose_blocks(q_BSHK, v_BSGV)
-        return softmax_attention_tpu(q_BSHK, k_BSGK, v_BSGV, segment_ids_BS, scale, blocks, interpret)
+        kernels = Kernels(choose_blocks(q_BSHK, v_BSGV), interpret)
+        return softmax_attention_tpu(q_BSHK, k_BSGK, v_BSGV, segment_ids_BS, scale, kernels)
     if implementation == "cudnn":
         if segment_ids_BS is not None or q_BSHK.dtype not in (jnp.bfloat16, jnp.float16):
             raise NotImplementedError("implementation='cudnn' takes bfloat16 or float16 and no segment_ids")

@@ -35,12 +35,15 @@ class Places(NamedTuple):
     positions_BS: jax.Array | np.ndarray  # in the whole row, int32
     runs_BS: jax.Array | np.ndarray | None  # number of the document in the row, int32; None if all are one
 
+    def cut(self, tokens: slice | np.ndarray) -> "Places":
+        """Those of some of the tokens."""
+        return Places(*(None if x is None else x[:, tokens] for x in self))
+
     def edges(self, block: int) -> tuple["Places", "Places"]:
         """The first and the last token of each block."""
         length = self.positions_BS.shape[1]
         first = np.arange(0, length, block)
-        take = lambda index: Places(*(None if x is None else x[:, index] for x in self))  # noqa: E731
-        return take(first), take(np.minimum(first + block, length) - 1)
+        return self.cut(first), self.cut(np.minimum(first + block, length) - 1)
 
 
 def attention_part(

@@ -14,7 +14,8 @@ from pallas_kernels.platform import no_tpu_kernel_here, say_once, target_platfor
 from pallas_kernels.softmax_attention import part, tpu_part
 from pallas_kernels.softmax_attention.pairs import default_block
 from pallas_kernels.softmax_attention.part import Places, visible_blocks
-from pallas_kernels.softmax_attention.tpu import LANES, choose_blocks, unsupported
+from pallas_kernels.softmax_attention.tpu import unsupported
+from pallas_kernels.softmax_attention.tpu_blocks import LANES, choose_blocks
 from pallas_kernels.softmax_attention.tpu_kernels import Kernels
 from pallas_kernels.softmax_attention.tpu_tables import SCALAR_BYTES, table_bytes
 
@@ -76,7 +77,7 @@ def choose_form(
     plain = PartForm(slice_length, default_block(slice_length) if block is None else block)
     if implementation == "blocked" or (implementation == "auto" and target_platform() != "tpu"):
         return plain
-    blocks = choose_blocks(q_BSHK, v_BTGV) if block is None else BlockSizes(*[block] * 8)
+    blocks = choose_blocks(q_BSHK, v_BTGV, whole_row=False) if block is None else BlockSizes(*[block] * 8)
     reason = _unsupported(q_BSHK, v_BTGV, blocks)
     if implementation != "tpu_interpret":
         reason = reason or no_tpu_kernel_here()

@@ -1,86 +1,75 @@
-"""Causal softmax attention on TPU: jax's splash attention kernels, told which pairs of blocks the documents leave.
+"""Causal softmax attention of whole rows on TPU: jax's splash attention kernels, with a backward pass of our own.
 
-``tpu_tables.py`` tells them. Key-value heads are not repeated: the kernel maps a group of query heads to theirs.
+A row is a part of itself: ``tpu_part.py`` calls the kernels, on both cores of a chip that has two. ``tpu_tables.py``
+tells them which pairs of blocks the documents leave. Key-value heads are not repeated: the kernels map a group of query
+heads to theirs.
 
 Shapes: B batch, S tokens, H query heads, G key-value heads, K key channels, V value channels.
 """
 
-from typing import Any
+import functools
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes, SegmentIds
-from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import (
-    DEFAULT_MASK_VALUE,
-    SplashAttentionKernel,
-)
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.segments import document_runs
 from pallas_kernels.softmax_attention.pairs import SOFTMAX_RESIDUALS
 from pallas_kernels.softmax_attention.part import Places
-from pallas_kernels.softmax_attention.tpu_tables import (
-    SCALAR_BYTES,
-    key_tables,
-    largest_block,
-    not_behind,
-    query_tables,
-    table_bytes,
-)
+from pallas_kernels.softmax_attention.tpu_kernels import Kernels
+from pallas_kernels.softmax_attention.tpu_part import attention_part_gradients_tpu, attention_part_tpu
+from pallas_kernels.softmax_attention.tpu_tables import SCALAR_BYTES, largest_block, table_bytes
 
-LANES = 128
 _CHANNELS = (64, 128, 256)
 _MOST_TOKENS = 2**20
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def softmax_attention_tpu(
     q_BSHK: jax.Array,
     k_BSGK: jax.Array,
     v_BSGV: jax.Array,
     segment_ids_BS: jax.Array | None,
     scale: float,
-    blocks: BlockSizes,
-    interpret: Any = False,
+    kernels: Kernels,
 ) -> jax.Array:
     """Softmax attention; ``op.py`` states the contract.
 
     Args:
-      blocks: sizes of the kernels' blocks, powers of two from 128.
-      interpret: what ``pallas_call`` takes.
+      kernels: with blocks of powers of two from 128 tokens.
     """
-    S = q_BSHK.shape[1]
-    q_BSHK, runs_BS = (q_BSHK * scale).astype(q_BSHK.dtype), None
-    # Tokens added behind the last belong to its document; no query before them sees them.
-    padding = -S % largest_block(blocks)
-    if segment_ids_BS is not None:
-        # Tied to q: rematerialisation would compute the tables once for both passes of all layers and keep them.
-        q_BSHK, segment_ids_BS = lax.optimization_barrier((q_BSHK, segment_ids_BS))
-        runs_BS = jnp.pad(document_runs(segment_ids_BS), ((0, 0), (0, padding)), mode="edge")
+    return _forward(q_BSHK, k_BSGK, v_BSGV, segment_ids_BS, scale, kernels)[0]
 
-    def heads_first(x_BSHK):
-        return jnp.pad(x_BSHK, ((0, 0), (0, padding), (0, 0), (0, 0))).swapaxes(1, 2)
 
-    length = S + padding
-    part = length // _parts(length, blocks)
+def _forward(q_BSHK, k_BSGK, v_BSGV, segment_ids_BS, scale, kernels):
+    q_BSHK, places = _with_places(q_BSHK, segment_ids_BS)
+    parts = []
+    for own, seen in _cuts(q_BSHK.shape[1], kernels):
+        operands = q_BSHK[:, own], k_BSGK[:, seen], v_BSGV[:, seen], places.cut(own), places.cut(seen)
+        parts.append(attention_part_tpu(*operands, scale, seen.stop, kernels))
+    o_BSHV, lse_BSH = (
+        checkpoint_name(jnp.concatenate(pieces, axis=1), SOFTMAX_RESIDUALS) for pieces in zip(*parts, strict=True)
+    )
+    return o_BSHV, (q_BSHK, k_BSGK, v_BSGV, segment_ids_BS, o_BSHV, lse_BSH)
 
-    def one_row(operands):
-        q_HSK, k_GSK, v_GSV, runs_S = operands
-        positions_S = jnp.arange(length, dtype=jnp.int32)
-        parts = []
-        for end in range(part, length + 1, part):
-            # These queries, and all keys that any of them may see.
-            own, seen = slice(end - part, end), slice(end)
-            q_places, k_places = (
-                Places(positions_S[None, x], None if runs_S is None else runs_S[None, x]) for x in (own, seen)
-            )
-            segment_ids = None if runs_S is None else SegmentIds(runs_S[own], runs_S[seen])
-            attend = _kernel(q_places, k_places, blocks, interpret)
-            parts.append(attend(q_HSK[:, own], k_GSK[:, seen], v_GSV[:, seen], segment_ids))
-        return jnp.concatenate(parts, axis=1)
 
-    # Row by row: each has tables of its own.
-    o_BHSV = lax.map(one_row, (*(heads_first(x) for x in (q_BSHK, k_BSGK, v_BSGV)), runs_BS))
-    return o_BHSV.swapaxes(1, 2)[:, :S]
+def _backward(scale, kernels, residuals, do_BSHV):
+    q_BSHK, k_BSGK, v_BSGV, segment_ids_BS, o_BSHV, lse_BSH = residuals
+    delta_BSH = jnp.sum(do_BSHV.astype(lse_BSH.dtype) * o_BSHV, axis=-1)
+    q_BSHK, places = _with_places(q_BSHK, segment_ids_BS)
+    parts = []
+    for own, seen in _cuts(q_BSHK.shape[1], kernels):
+        operands = q_BSHK[:, own], k_BSGK[:, seen], v_BSGV[:, seen], places.cut(own), places.cut(seen)
+        of_queries = (x[:, own] for x in (do_BSHV, lse_BSH, delta_BSH))
+        parts.append(attention_part_gradients_tpu(*operands, scale, seen.stop, kernels, *of_queries))
+    dq_parts, dk_parts, dv_parts = zip(*parts, strict=True)
+    # The last piece saw all keys, those before it the first ones.
+    dk_BSGK, dv_BSGV = (functools.reduce(_add_to_first, reversed(x)).astype(v_BSGV.dtype) for x in (dk_parts, dv_parts))
+    return jnp.concatenate(dq_parts, axis=1).astype(q_BSHK.dtype), dk_BSGK, dv_BSGV, None
+
+
+softmax_attention_tpu.defvjp(_forward, _backward)
 
 
 def unsupported(q_BSHK: jax.Array, v_BSGV: jax.Array) -> str | None:
@@ -95,37 +84,27 @@ def unsupported(q_BSHK: jax.Array, v_BSGV: jax.Array) -> str | None:
     return None
 
 
-def choose_blocks(q_BSHK: jax.Array, v_BSGV: jax.Array) -> BlockSizes:
-    """Sizes for these operands: the largest that every chip's default limit of 16 MiB of VMEM leaves room for."""
-    S, K, V = q_BSHK.shape[1], q_BSHK.shape[-1], v_BSGV.shape[-1]
-    wide = q_BSHK.dtype.itemsize > 2 or max(K, V) > LANES
-    # No longer than the row: a power of two, so that the smaller divides the larger.
-    most = max(LANES, 1 << (S - 1).bit_length())
-    q, k, compute = (min(size, most) for size in ((512, 1024, 512) if wide else (1024, 2048, 512)))
-    return BlockSizes(q, k, compute, q, k, compute, q, k)
+def _with_places(q_BSHK: jax.Array, segment_ids_BS: jax.Array | None) -> tuple[jax.Array, Places]:
+    """q, and where its tokens lie. Tied to q: rematerialisation would number the documents once for both passes."""
+    positions_BS = jnp.arange(q_BSHK.shape[1], dtype=jnp.int32)[None]
+    if segment_ids_BS is None:
+        return q_BSHK, Places(positions_BS, None)
+    q_BSHK, segment_ids_BS = lax.optimization_barrier((q_BSHK, segment_ids_BS))
+    return q_BSHK, Places(positions_BS, document_runs(segment_ids_BS))
 
 
-def _parts(length: int, blocks: BlockSizes) -> int:
-    """Into how many parts the queries of a row are cut so that the tables of each fit."""
-    parts, largest = 1, largest_block(blocks)
-    while table_bytes(length // parts, length, blocks) > SCALAR_BYTES and length % (2 * parts * largest) == 0:
-        parts *= 2
-    return parts
+def _cuts(length: int, kernels: Kernels) -> list[tuple[slice, slice]]:
+    """Pieces of a row's queries, so many that the tables of each fit, with all keys that any of them may see."""
+    blocks = kernels.blocks
+    largest = largest_block(blocks)
+    padded, pieces = -(-length // largest) * largest, 1
+    while table_bytes(padded // pieces, padded, blocks) > SCALAR_BYTES and padded % (2 * pieces * largest) == 0:
+        pieces *= 2
+    ends = [min(length, (n + 1) * (padded // pieces)) for n in range(pieces)]
+    return [(slice(start, end), slice(end)) for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def _kernel(q_places: Places, k_places: Places, blocks: BlockSizes, interpret: Any) -> SplashAttentionKernel:
-    # The part's keys are the row's first.
-    last_key_S = q_places.positions_BS[0]
-    return SplashAttentionKernel(
-        query_tables(q_places, k_places, last_key_S, blocks.block_q, blocks.block_kv),
-        query_tables(q_places, k_places, last_key_S, blocks.block_q_dq, blocks.block_kv_dq),
-        key_tables(q_places, k_places, last_key_S, blocks.block_q_dkv, blocks.block_kv_dkv),
-        block_sizes=blocks,
-        is_mqa=False,
-        save_residuals=False,
-        mask_value=DEFAULT_MASK_VALUE,
-        attn_logits_soft_cap=None,
-        residual_checkpoint_name=SOFTMAX_RESIDUALS,
-        mask_function=not_behind,
-        interpret=interpret,
-    )
+def _add_to_first(whole_BSGD: jax.Array, first_BSGD: jax.Array) -> jax.Array:
+    """Adds to the first tokens of a row."""
+    behind = whole_BSGD.shape[1] - first_BSGD.shape[1]
+    return whole_BSGD + jnp.pad(first_BSGD, ((0, 0), (0, behind), (0, 0), (0, 0)))

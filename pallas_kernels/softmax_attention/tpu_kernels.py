@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes, SegmentIds
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
@@ -43,15 +44,18 @@ class Kernels(NamedTuple):
         of_queries: tuple[jax.Array, ...],
         of_keys: tuple[jax.Array, ...],
         segment_ids: SegmentIds | None,
-        q_tables: MaskInfo,
+        q_tables: MaskInfo | None,
         k_tables: MaskInfo,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Gradients, rounded to the operands' dtype.
 
+        One kernel gives all three where the blocks say so, with what each block of keys adds to dq in memory, rounded;
+        else scores are computed twice, for dq and for dk and dv.
+
         Args:
           of_queries: q [H, S, K], do [H, S, V], and in fp32 [H, S] the log-sum-exp over all keys and the sum of do * o.
           of_keys: k [G, T, K], v [G, T, V].
-          q_tables, k_tables: by queries and by keys.
+          q_tables, k_tables: by queries and by keys; the one kernel needs none by queries.
 
         Returns:
           dq [H, S, K], dk [G, T, K], dv [G, T, V].
@@ -61,20 +65,24 @@ class Kernels(NamedTuple):
 
         def kernels(q_HSK, do_HSV, lse_HS, delta_HS, k_GTK, v_GTV):
             operands = q_HSK, k_GTK, v_GTV, segment_ids, None, lse_HS, do_HSV, delta_HS
-            dq_HSK = splash._splash_attention_bwd_dq(
-                *operands, **settings, bq=blocks.block_q_dq, bkv=blocks.block_kv_dq, mask_info=q_tables
-            )
-            _, dk_GTK, dv_GTV = splash._splash_attention_bwd_dkv(
+            dq_HSK, dk_GTK, dv_GTV = splash._splash_attention_bwd_dkv(
                 *operands,
                 **settings,
                 bq=blocks.block_q_dkv,
                 bkv=blocks.block_kv_dkv,
                 bkv_compute=blocks.block_kv_dkv_compute,
                 mask_info=k_tables,
-                use_fused_bwd_kernel=False,
+                use_fused_bwd_kernel=blocks.use_fused_bwd_kernel,
             )
+            if not blocks.use_fused_bwd_kernel:
+                dq_HSK = splash._splash_attention_bwd_dq(
+                    *operands, **settings, bq=blocks.block_q_dq, bkv=blocks.block_kv_dq, mask_info=q_tables
+                )
             return dq_HSK, dk_GTK, dv_GTV
 
+        # jax 0.10.2's stricter interpreter does not follow a grid with the dimension that halves add.
+        if isinstance(self.interpret, pltpu.InterpretParams):
+            return kernels(*of_queries, *of_keys)
         return _on_two_cores(kernels, of_queries, of_keys)
 
 

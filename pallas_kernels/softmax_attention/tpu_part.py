@@ -82,7 +82,9 @@ def attention_part_gradients_tpu(
 
     def one_row(of_row):
         row, *of_queries = of_row
-        q_tables = row.query_tables(blocks.block_q_dq, blocks.block_kv_dq)
+        q_tables = None
+        if not blocks.use_fused_bwd_kernel:
+            q_tables = row.query_tables(blocks.block_q_dq, blocks.block_kv_dq)
         k_tables = row.key_tables(blocks.block_q_dkv, blocks.block_kv_dkv)
         of_keys = row.k_GTK, row.v_GTV
         return kernels.backward((row.q_HSK, *of_queries), of_keys, row.segment_ids, q_tables, k_tables)

@@ -67,9 +67,10 @@ def largest_block(blocks: BlockSizes) -> int:
 
 
 def _block_pairs(blocks: BlockSizes) -> tuple[tuple[int, int], ...]:
-    """Of the forward kernel and those of the gradients of queries, and of keys and values."""
-    forward, queries = (blocks.block_q, blocks.block_kv), (blocks.block_q_dq, blocks.block_kv_dq)
-    return forward, queries, (blocks.block_q_dkv, blocks.block_kv_dkv)
+    """Of the forward kernel and those of the gradients."""
+    forward, keys = (blocks.block_q, blocks.block_kv), (blocks.block_q_dkv, blocks.block_kv_dkv)
+    queries = () if blocks.use_fused_bwd_kernel else ((blocks.block_q_dq, blocks.block_kv_dq),)
+    return forward, *queries, keys
 
 
 def _pairs(q_places: Places, k_places: Places, q_block: int, k_block: int):

@@ -22,6 +22,7 @@ from tests.pallas_kernels.test_softmax_attention_tpu import tpu_mesh
 STRICT, OLDER = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True), True
 SMALL = BlockSizes(*[128] * 8)
 OBLONG = BlockSizes(128, 256, 128, 256, 128, 128, 128, 256)
+FUSED = BlockSizes(128, 128, 128, 128, 256, 128, use_fused_bwd_kernel=True)
 B, K, V, SCALE = 2, 128, 64, 0.1
 ODD, EVEN, ONE_PAIR = (3, 1), (4, 2), (2, 1)
 SLICES = 12
@@ -133,7 +134,21 @@ def test_halves_of_the_heads_share_their_keys():
     compare("rows that differ", "some documents", 100, SMALL, ONE_PAIR, OLDER)
 
 
+@pytest.mark.parametrize(
+    ("held", "documents"),
+    [
+        ("its own, contiguous", "many documents"),
+        ("zigzag, half of the queries", "documents at edges of slices"),
+        ("rows that differ", "some documents"),
+        ("a row with no pair", "one document"),
+    ],
+)
+def test_one_kernel_backward(held, documents):
+    compare(held, documents, 100, FUSED, ODD, STRICT)
+
+
 def test_training_precision():
+    compare("rows that differ", "some documents", 100, FUSED, EVEN, OLDER, "bfloat16")
     compare("zigzag, half of the keys", "some documents", 100, OBLONG, EVEN, OLDER, "bfloat16")
 
 

@@ -17,10 +17,15 @@ from pallas_kernels.aot import CHIPS, compile_for_chip, missing_compiler
 from pallas_kernels.softmax_attention import SOFTMAX_RESIDUALS, softmax_attention, tpu, tpu_tables
 from pallas_kernels.softmax_attention.part import Places
 from pallas_kernels.softmax_attention.reference import softmax_attention_reference
+from pallas_kernels.softmax_attention.tpu_blocks import choose_blocks
+from pallas_kernels.softmax_attention.tpu_kernels import Kernels
 
 INTERPRET = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)
 SMALL = BlockSizes(*[128] * 8)
 OBLONG = BlockSizes(128, 256, 128, 256, 128, 128, 128, 256)
+# All gradients by one kernel, whose blocks of keys are worked on whole or in two steps.
+FUSED = BlockSizes(128, 128, 128, 128, 128, 128, use_fused_bwd_kernel=True)
+FUSED_STEPS = BlockSizes(256, 128, 128, 128, 256, 128, use_fused_bwd_kernel=True)
 
 # (batch, tokens, query heads, key-value heads, key channels, value channels, dtype, blocks, document ids)
 CASES = {
@@ -47,6 +52,29 @@ CASES = {
         OBLONG,
         lambda rng, B, S: np.arange(S)[None] // 128,
     ),
+    "one kernel backward, one document": (1, 384, 2, 1, 64, 64, "float32", FUSED_STEPS, None),
+    "one kernel backward, ragged documents": (
+        2,
+        300,
+        4,
+        2,
+        128,
+        64,
+        "float32",
+        FUSED,
+        lambda rng, B, S: np.sort(rng.integers(0, 5, (B, S))),
+    ),
+    "one kernel backward, training precision": (
+        1,
+        700,
+        2,
+        1,
+        128,
+        128,
+        "bfloat16",
+        FUSED_STEPS,
+        lambda rng, B, S: np.sort(rng.integers(0, 3, (B, S))),
+    ),
     "ids that come back": (1, 256, 2, 2, 128, 128, "bfloat16", SMALL, lambda rng, B, S: rng.integers(0, 2, (B, S))),
 }
 
@@ -60,14 +88,14 @@ def value_and_gradients(function, arguments, cotangent):
     return jax.tree.leaves(run(*arguments))
 
 
-def compare(case):
+def compare(case, interpret=INTERPRET):
     B, S, H, G, K, V, dtype, blocks, documents = CASES[case]
     rng = np.random.default_rng(0)
     ids = None if documents is None else jnp.asarray(documents(rng, B, S))
     sizes = ((H, K), (G, K), (G, V), (H, V))
     *arguments, cotangent = (jnp.asarray(rng.normal(size=(B, S, heads, width)), dtype) for heads, width in sizes)
     got = value_and_gradients(
-        lambda q, k, v: tpu.softmax_attention_tpu(q, k, v, ids, 0.1, blocks, INTERPRET), arguments, cotangent
+        lambda q, k, v: tpu.softmax_attention_tpu(q, k, v, ids, 0.1, Kernels(blocks, interpret)), arguments, cotangent
     )
     wide = [x.astype(jnp.float32) for x in arguments]
     want = value_and_gradients(
@@ -87,8 +115,15 @@ def test_kernels_equal_reference(case):
 def test_rows_whose_tables_are_cut_into_parts(monkeypatch):
     # As for a million tokens: half of the queries a call.
     monkeypatch.setattr(tpu, "SCALAR_BYTES", 8 * tpu_tables.TABLE_BYTES // 2)
-    assert tpu._parts(512, OBLONG) == 2
+    kernels = Kernels(OBLONG, INTERPRET)
+    assert tpu._cuts(500, kernels) == [(slice(0, 256), slice(256)), (slice(256, 500), slice(500))]
     compare("documents at edges of blocks")
+
+
+@pytest.mark.parametrize("case", ["one document", "ragged documents", "one kernel backward, ragged documents"])
+def test_halves_of_the_heads_on_two_cores(case):
+    # Which jax 0.10.2's stricter interpreter does not follow.
+    compare(case, interpret=True)
 
 
 def test_tables_leave_out_what_documents_exclude():
@@ -199,7 +234,30 @@ slow = pytest.mark.slow
 def test_gradients_compile(chip, size):
     function, shapes = lower_gradient(*size)
     text = compile_for_chip(CHIPS[chip], function, *shapes).as_text()
-    assert all(f"splash_mha_{kernel}_segmented" in text for kernel in ("fwd", "dq", "dkv"))
+    q = jax.ShapeDtypeStruct((size[0], size[1], size[2], size[4]), size[5])
+    fused = choose_blocks(q, q, CHIPS[chip].device_kind).use_fused_bwd_kernel
+    assert fused == (size[1] == 8192)
+    assert all(f"splash_mha_{kernel}_segmented" in text for kernel in ("fwd", "dkv"))
+    assert ("splash_mha_dq_segmented" in text) != fused
+
+
+@slow
+@compiled_for_tpu
+@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "tpu7x"])
+def test_every_choice_of_blocks_compiles(chip):
+    lengths, kind = [2**n for n in range(9, 21)], CHIPS[chip].device_kind
+    row = lambda S: jax.ShapeDtypeStruct((1, S, 2, 128), jnp.bfloat16)  # noqa: E731
+    choices = {choose_blocks(row(S), row(S), kind, whole_row) for S in lengths for whole_row in (True, False)}
+    assert len(choices) > 2
+    q, k = (jax.ShapeDtypeStruct((1, 8192, heads, 128), jnp.bfloat16) for heads in (4, 2))
+
+    def run(q, k, v, ids, do):
+        for blocks in choices:
+            attend = lambda q, k, v, blocks=blocks: tpu.softmax_attention_tpu(q, k, v, ids, 1.0, Kernels(blocks, False))  # noqa: E731
+            o, pullback = jax.vjp(attend, q, k, v)
+            yield o, pullback(do)
+
+    compile_for_chip(CHIPS[chip], lambda *x: list(run(*x)), q, k, k, jax.ShapeDtypeStruct((1, 8192), jnp.int32), q)
 
 
 def test_a_million_tokens_trace_at_once():

@@ -20,7 +20,7 @@ GiB = 2**30
     ("topology", "length", "heads", "layout", "temporaries"),
     [
         ("v5p:2x2x1", 8192, (64, 8), "zigzag", 0.6),
-        ("v5p:4x4x4", 2**20, (64, 8), "zigzag", 4.2),
+        ("v5p:4x4x4", 2**20, (64, 8), "zigzag", 5.9),
         # Heads split over eight other devices, an eighth of the row on each rank.
         ("v5p:2x2x2", 2**20, (8, 1), "balanced", 4.2),
         ("tpu7x:2x2x1", 8192, (64, 8), "zigzag", 0.3),
@@ -45,7 +45,9 @@ def test_the_ring_compiles(topology, length, heads, layout, temporaries):
     with jax.set_mesh(mesh):
         compiled = jax.jit(island).lower(*tokens, *integers).compile()
     text = compiled.as_text()
-    for kernel in ("fwd_segmented_residuals", "dq_segmented_no_residuals", "dkv_segmented_no_residuals"):
+    for kernel in ("fwd_segmented_residuals", "dkv_segmented_no_residuals"):
         assert f"splash_mha_{kernel}" in text
-    # The forward pass's log-sum-exps, which the kernel writes 128 times, are the most of it.
+    # A rank that holds few blocks of keys has all gradients of one kernel.
+    assert ("splash_mha_dq_segmented_no_residuals" in text) == (length // mesh.size > 2**14)
+    # Most are the forward pass's log-sum-exps, which the kernel writes 128 times, or the backward's shares of dq.
     assert compiled.memory_analysis().temp_size_in_bytes < temporaries * GiB

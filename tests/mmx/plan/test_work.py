@@ -1,7 +1,5 @@
 """FLOPs, bytes, memory and time read off a small scheduled program that is written out here."""
 
-import json
-
 import numpy as np
 import pytest
 
@@ -13,8 +11,10 @@ from mmx.plan.memory import carried, largest_buffers
 from mmx.plan.schedule import play
 from mmx.plan.work import kernel, part, work
 from pallas_kernels.aot.chips import CHIPS
+from pallas_kernels.grouped_matmul import tpu_tiles
 from pallas_kernels.lightning_attention.tpu_tiles import TABLE
-from pallas_kernels.softmax_attention.tpu_figures import share_of_peak
+from pallas_kernels.size_table import read_rows
+from pallas_kernels.softmax_attention.tpu_blocks import share_of_peak
 from tests.mmx.plan.test_machine import Device
 
 # A scan of ten layers: a product of 2 * 128 * 256 * 256 FLOPs at 1,750,000 cycles beside a gather of four devices, and
@@ -171,39 +171,71 @@ def test_carried_arrays_are_told_apart(program):
 
 SPLASH = """HloModule x
 
-ENTRY %main (q: bf16[4,64,128], k: bf16[2,64,128], q2: bf16[2,2,64,128], k2: bf16[2,1,64,128], l: f32[2,2,8,64]) -> bf16[2,64,128] {
-  %q = bf16[4,64,128]{2,1,0} parameter(0)
-  %k = bf16[2,64,128]{2,1,0} parameter(1)
-  %q2 = bf16[2,2,64,128]{3,2,1,0} parameter(2)
-  %k2 = bf16[2,1,64,128]{3,2,1,0} parameter(3)
-  %l = f32[2,2,8,64]{3,2,1,0} parameter(4)
-  %splash_mha_fwd_segmented_residuals.1 = (bf16[4,64,128]{2,1,0}, f32[4,64,128]{2,1,0}) custom-call(%q, %k, %k), custom_call_target="tpu_custom_call"
-  %splash_mha_dkv_segmented_no_residuals.2 = (bf16[2,64,128]{2,1,0}, bf16[2,64,128]{2,1,0}) custom-call(%q, %k, %k), custom_call_target="tpu_custom_call"
-  ROOT %splash_mha_dkv_segmented_no_residuals.3 = (bf16[2,1,64,128]{3,2,1,0}, bf16[2,1,64,128]{3,2,1,0}) custom-call(%q2, %k2, %k2, %l), custom_call_target="tpu_custom_call"
+ENTRY %main (q: bf16[4,8192,128], k: bf16[2,8192,128], q2: bf16[2,2,8192,128], k2: bf16[2,1,8192,128], l: f32[2,2,8,8192], t: s8[1,8,4]) -> bf16[2,8192,128] {
+  %q = bf16[4,8192,128]{2,1,0} parameter(0)
+  %k = bf16[2,8192,128]{2,1,0} parameter(1)
+  %q2 = bf16[2,2,8192,128]{3,2,1,0} parameter(2)
+  %k2 = bf16[2,1,8192,128]{3,2,1,0} parameter(3)
+  %l = f32[2,2,8,8192]{3,2,1,0} parameter(4)
+  %t = s8[1,8,4]{2,1,0} parameter(5)
+  %splash_mha_fwd_segmented_residuals.1 = (bf16[4,8192,128]{2,1,0}, f32[4,8192,128]{2,1,0}) custom-call(%q, %k, %k), custom_call_target="tpu_custom_call", metadata={source_file="/any/softmax_attention/tpu.py" source_line=3}
+  %splash_mha_fwd_segmented_residuals.2 = (bf16[4,8192,128]{2,1,0}, f32[4,8192,128]{2,1,0}) custom-call(%q, %k, %k), custom_call_target="tpu_custom_call", metadata={source_file="/any/parallel/ring.py" source_line=3}
+  %splash_mha_dkv_segmented_no_residuals.3 = (bf16[2,8192,128]{2,1,0}, bf16[2,8192,128]{2,1,0}) custom-call(%q, %k, %k), custom_call_target="tpu_custom_call"
+  %splash_mha_dkv_segmented_no_residuals.5 = (bf16[2,4,2,8192,128]{4,3,2,1,0}, bf16[2,1,8192,128]{3,2,1,0}, bf16[2,1,8192,128]{3,2,1,0}) custom-call(%t, %q2, %k2, %k2, %l), custom_call_target="tpu_custom_call"
+  ROOT %splash_mha_dkv_segmented_no_residuals.4 = (bf16[2,1,8192,128]{3,2,1,0}, bf16[2,1,8192,128]{3,2,1,0}) custom-call(%q2, %k2, %k2, %l), custom_call_target="tpu_custom_call"
 }
 """  # noqa: E501
 
 
 def test_splash_attention_is_half_of_the_pairs_at_the_share_of_peak_that_was_counted():
-    read, chip = parse(SPLASH), CHIPS["v5p"]
+    read, chip, tokens = parse(SPLASH), CHIPS["v5p"], 8192
     names = body(read, "main")
-    forward, whole, halved = (
-        kernel(names, names[f"splash_mha_{name}"])
-        for name in ("fwd_segmented_residuals.1", "dkv_segmented_no_residuals.2", "dkv_segmented_no_residuals.3")
+    of_row, of_ring, one_core, halved, fused = (
+        kernel(read, names, names[f"splash_mha_{name}"])
+        for name in (
+            "fwd_segmented_residuals.1",
+            "fwd_segmented_residuals.2",
+            "dkv_segmented_no_residuals.3",
+            "dkv_segmented_no_residuals.4",
+            "dkv_segmented_no_residuals.5",
+        )
     )
-    pairs = 4 * 64 * 65 / 2
-    assert forward.flops == 2 * 2 * 128 * pairs
-    assert whole.flops == halved.flops == 4 * 2 * 128 * pairs
-    assert (whole.halved, halved.halved) == (False, True)
+    pairs = 4 * tokens * (tokens + 1) / 2
+    assert of_row.flops == of_ring.flops == 2 * 2 * 128 * pairs
+    assert one_core.flops == halved.flops == 4 * 2 * 128 * pairs
+    # That which gives dq too, in four shares.
+    assert fused.flops == 5 * 2 * 128 * pairs
     seconds = kernel_seconds(chip)
-    for call, name in ((forward, "fwd"), (whole, "dkv"), (halved, "dkv")):
-        share = share_of_peak(chip.device_kind, name, call.halved)
+    for call, name in ((of_ring, "fwd"), (halved, "dkv"), (fused, "fused")):
+        share = share_of_peak(chip.device_kind, name, tokens, whole_row=False)
         assert 0.2 < share < 1
         assert seconds(call) == pytest.approx(call.flops / chip.flops / share)
-    # One core of two.
-    assert seconds(whole) > 1.5 * seconds(halved)
+    assert seconds(one_core) == pytest.approx(2 * seconds(halved))
+    # Blocks on the diagonal of a row are computed whole.
+    assert 1.05 < seconds(of_row) / seconds(of_ring) < 1.3
     # A chip that was not counted is taken at its peak.
-    assert kernel_seconds(CHIPS["v4"])(forward) == forward.flops / CHIPS["v4"].flops
+    assert kernel_seconds(CHIPS["v4"])(of_row) == of_row.flops / CHIPS["v4"].flops
+
+
+def test_experts_products_at_the_share_of_peak_that_was_counted():
+    read = parse("""HloModule x
+
+ENTRY %main (x: bf16[4096,512], w: bf16[4,512,1024], y: bf16[4096,1024]) -> bf16[4,512,1024] {
+  %x = bf16[4096,512]{1,0} parameter(0)
+  %w = bf16[4,512,1024]{2,1,0} parameter(1)
+  %y = bf16[4096,1024]{1,0} parameter(2)
+  %gmm.1 = bf16[4096,1024]{1,0} custom-call(%x, %w), custom_call_target="tpu_custom_call"
+  ROOT %tgmm.2 = bf16[4,512,1024]{2,1,0} custom-call(%x, %y), custom_call_target="tpu_custom_call"
+}
+""")
+    names = body(read, "main")
+    for name in ("gmm", "tgmm"):
+        call = kernel(read, names, next(i for i in names.values() if i.name.startswith(name)))
+        assert call.flops == 2 * 4096 * 512 * 1024
+        for chip in (CHIPS["v5p"], CHIPS["tpu7x"]):
+            share = tpu_tiles.share_of_peak(chip.device_kind, name, 4096, 4)
+            assert 0.3 < share < 1
+            assert kernel_seconds(chip)(call) == pytest.approx(call.flops / chip.flops / share)
 
 
 def test_schedule_adds_up(program):
@@ -238,8 +270,6 @@ def test_schedule_counts_kernels_calls(program):
     (found,) = schedule.kernels.items()
     assert found[0] == "lightning_attention_backward"
     assert found[1].times == 3
-    _, backward = next(r for r in json.loads(TABLE.read_text())["tiles"] if r["device"] == chip.device_kind)[
-        "ns_per_token_and_head"
-    ]
+    _, backward = next(r for r in read_rows(TABLE) if r["device"] == chip.device_kind)["ns_per_token_and_head"]
     assert found[1].seconds == pytest.approx(3 * 4 * 1024 * backward * 1e-9)
     assert schedule.seconds - without.seconds == pytest.approx(found[1].seconds)
