@@ -15,6 +15,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes
 
 from pallas_kernels.softmax_attention.part import Places, attention_part, attention_part_gradients
 from pallas_kernels.softmax_attention.part_op import choose_form
+from pallas_kernels.softmax_attention.tpu_blocks import choose_blocks
 from pallas_kernels.softmax_attention.tpu_kernels import Kernels
 from pallas_kernels.softmax_attention.tpu_part import attention_part_gradients_tpu, attention_part_tpu
 from tests.pallas_kernels.test_softmax_attention_tpu import tpu_mesh
@@ -160,7 +161,8 @@ def form(dtype="bfloat16", channels=128, tokens=1024, **how):
 def test_the_mesh_decides_not_the_host():
     assert form().kernels is None
     with tpu_mesh():
-        assert form().kernels == Kernels(BlockSizes(*[1024, 1024, 512] * 2, 1024, 1024), interpret=False)
+        q = jax.ShapeDtypeStruct((1, 1024, 4, 128), "bfloat16")
+        assert form().kernels == Kernels(choose_blocks(q, q, "TPU v5", whole_row=False), interpret=False)
         assert form(block=128).kernels.blocks == SMALL
         assert form(implementation="blocked").kernels is None
 
