@@ -1,4 +1,7 @@
-"""Tables of the sizes that kernels run with: data in the repository, a row a device kind, dtype and head size."""
+"""Tables of the sizes that kernels run with: data in the repository.
+
+A row for each kind of device and dtype and, of attention, head size.
+"""
 
 import json
 from collections.abc import Sequence

@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--kernels", default=",".join(_KERNELS), help="whose sizes to search for")
     parser.add_argument("--chips", default="v5e,v5p,v6e,tpu7x", help="chips to search for")
-    parser.add_argument("--dtypes", default="bfloat16", help="of q, k and v")
+    parser.add_argument("--dtypes", default="bfloat16", help="of q, k and v, and of the experts' operands")
     parser.add_argument("--head_sizes", default="128x128", help="key x value channels of a head")
     parser.add_argument("--tokens", type=int, default=4096, help="length of lightning attention's row")
     parser.add_argument("--heads", type=int, default=8, help="heads of that row")
@@ -46,6 +46,8 @@ def main(arguments: list[str]) -> int:
     kernels = options.kernels.split(",")
     if options.time:
         kernels = [name for name in kernels if name != "grouped"]
+        if not kernels:
+            return _fail("--time: the experts' tiles are counted, never timed; leave it out")
     for name in options.chips.split(","):
         for dtype in options.dtypes.split(","):
             for size in options.head_sizes.split(","):

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from pallas_kernels.aot import CHIPS, Chip, ProfileError, compiler_version, missing_compiler
 from pallas_kernels.lightning_attention.tpu_figures import Call, DecodeCall
 from pallas_kernels.lightning_attention.tpu_tiles import choose_tiles
+from pallas_kernels.platform import one_spelling
 
 TOKENS, HEADS = 8192, 8
 DECODED = (1, 2, 4, 8)
@@ -48,7 +49,7 @@ def report(chips: Sequence[str], say: Callable[[str], None], tokens: int = TOKEN
       say: receives lines of text.
       tokens: length of the row.
     """
-    here = jax.devices()[0].device_kind if jax.default_backend() == "tpu" else None
+    here = one_spelling(jax.devices()[0].device_kind) if jax.default_backend() == "tpu" else None
     say(f"ns a token and head, {tokens:,} tokens, {HEADS} heads of 128, bf16, documents; libtpu {compiler_version()}")
     say("chip   source     forward: floor sketch  ours   backward: floor sketch  ours   both over floor")
     results = {}

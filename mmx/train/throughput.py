@@ -3,6 +3,7 @@
 import numpy as np
 
 from mmx.config import ModelConfig, training_flops
+from pallas_kernels.platform import one_spelling
 
 # Dense bf16 FLOP/s of one JAX device, by device kind. TPU: cloud.google.com/tpu/docs system architecture pages (a v7x
 # chip is two devices); NVIDIA: data sheets, without sparsity.
@@ -30,5 +31,5 @@ def document_lengths(segment_ids_BS: np.ndarray) -> list[int]:
 
 def utilisation(model: ModelConfig, lengths: list[int], seconds: float, device_kind: str, devices: int) -> float | None:
     """Share of the devices' peak that a step over the given documents reached; None if the peak is not known."""
-    peak = PEAK_FLOPS.get(device_kind)
+    peak = PEAK_FLOPS.get(one_spelling(device_kind))
     return None if peak is None else training_flops(model, lengths) / (seconds * devices * peak)

@@ -49,8 +49,9 @@ class Counted(NamedTuple):
     share: float
 
     def net_share(self, rows: int, groups: int) -> float:
-        """Without what is computed twice: a tile for each group but the first."""
-        return self.share * rows / (rows + (groups - 1) * self.tile.rows)
+        """Without what is padding and what is computed twice: a tile for each group but the first."""
+        tiles = max(1, -(-rows // self.tile.rows)) + groups - 1
+        return self.share * max(1, rows) / (tiles * self.tile.rows)
 
 
 def choose_tiles(rows: int, groups: int, dtype: str, kind: str | None = None) -> Tiles:

@@ -7,6 +7,8 @@ the block, so the search is done for each block and the best sum taken.
 import dataclasses
 from collections.abc import Callable
 
+import jax
+
 from pallas_kernels.aot import Chip, ProfileError, compiler_version
 from pallas_kernels.lightning_attention.tpu_figures import Call
 from pallas_kernels.lightning_attention.tpu_tiles import DEFAULT, TABLE
@@ -72,7 +74,7 @@ def _nanoseconds(chip: Chip, call: Call, timed: bool) -> float:
     note = ""
     try:
         ns = call.measure() if timed else _balanced(chip, call)
-    except ProfileError as error:
+    except (ProfileError, jax.errors.JaxRuntimeError) as error:
         ns, note = float("inf"), f"  {error}"[:160]
     sizes = " ".join(f"{field}={value}" for field, value in dataclasses.asdict(call.tiles).items())
     print(f"{chip.name} {call.dtype} {call.key}x{call.value} {call.kernel} {sizes}: {ns:.4f} ns{note}", flush=True)

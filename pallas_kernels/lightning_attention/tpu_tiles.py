@@ -20,7 +20,7 @@ LANES = 128
 # Where the table says nothing.
 DEFAULT = Tiles(block=512, chunk=128, heads=4, lag=2, fused=False)
 # Kinds of device whose parallel programs run on two cores.
-_TWO_CORES = ("TPU v4", "TPU v5", "TPU v5p")
+_TWO_CORES = ("TPU v4", "TPU v5")
 # What a kernel's blocks may take of VMEM, of which v4 lets a kernel have 16 MiB and the others far more.
 _VMEM_BYTES = {"TPU v4": 8 * 2**20}
 _MOST_VMEM_BYTES = 48 * 2**20

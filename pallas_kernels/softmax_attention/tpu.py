@@ -1,8 +1,8 @@
 """Causal softmax attention of whole rows on TPU: jax's splash attention kernels, with a backward pass of our own.
 
-A row is a part of itself: ``tpu_part.py`` calls the kernels, on both cores of a chip that has two. ``tpu_tables.py``
-tells them which pairs of blocks the documents leave. Key-value heads are not repeated: the kernels map a group of query
-heads to theirs.
+A row is a part of itself: ``tpu_part.py`` calls the kernels, on both cores of a chip that has two where the heads can
+be halved. ``tpu_tables.py`` tells them which pairs of blocks the documents leave. Key-value heads are not repeated: the
+kernels map a group of query heads to theirs.
 
 Shapes: B batch, S tokens, H query heads, G key-value heads, K key channels, V value channels.
 """
@@ -95,12 +95,13 @@ def _with_places(q_BSHK: jax.Array, segment_ids_BS: jax.Array | None) -> tuple[j
 
 def _cuts(length: int, kernels: Kernels) -> list[tuple[slice, slice]]:
     """Pieces of a row's queries, so many that the tables of each fit, with all keys that any of them may see."""
-    blocks = kernels.blocks
-    largest = largest_block(blocks)
-    padded, pieces = -(-length // largest) * largest, 1
-    while table_bytes(padded // pieces, padded, blocks) > SCALAR_BYTES and padded % (2 * pieces * largest) == 0:
-        pieces *= 2
-    ends = [min(length, (n + 1) * (padded // pieces)) for n in range(pieces)]
+    largest = largest_block(kernels.blocks)
+    count, pieces = -(-length // largest), 1
+    step = count * largest
+    while pieces < count and table_bytes(step, count * largest, kernels.blocks) > SCALAR_BYTES:
+        pieces += 1
+        step = -(-count // pieces) * largest
+    ends = [min(length, start + step) for start in range(0, length, step)]
     return [(slice(start, end), slice(end)) for start, end in zip([0, *ends], ends, strict=False)]
 
 

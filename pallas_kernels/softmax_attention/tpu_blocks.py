@@ -98,8 +98,11 @@ def share_of_peak(kind: str, kernel: str, length: int, whole_row: bool) -> float
     if rows is None:
         return None
     chosen = _choose(kind, "bfloat16", LANES, length, whole_row)
-    padded = _padded(length, max(row.sizes.largest for row in chosen.values()))
-    sizes, share = chosen.get(kernel) or max(rows[kernel], key=lambda row: row.share)
+    largest = max(row.sizes.largest for row in chosen.values())
+    padded = _padded(length, largest)
+    # Other dtypes and head sizes may run kernels that were not chosen here.
+    others = (Counted(row.sizes.within(largest), row.share) for row in rows[kernel])
+    sizes, share = chosen.get(kernel) or min(others, key=lambda row: row.time(padded, whole_row))
     return share * length * (length + 1) / 2 / sizes.causal_pairs(padded) if whole_row else share
 
 
@@ -118,7 +121,7 @@ def _choose(kind: str | None, dtype: str, channels: int, length: int, whole_row:
         for kernels in _PASSES:
             chosen = {kernel: picks.get(kernel) for kernel in kernels}
             if None not in chosen.values():
-                # A row whose tables do not fit is cut into pieces, which costs little; a part of a ring cannot be.
+                # What fits comes first: a row can be cut into pieces, a part of a ring cannot.
                 fit = all(row.sizes.table_bytes(padded) <= SCALAR_BYTES for row in chosen.values())
                 time = sum(PRODUCTS[kernel] * row.time(padded, whole_row) for kernel, row in chosen.items())
                 choices.append((not fit, time, chosen))
@@ -141,9 +144,7 @@ def _fastest(kernel: str, rows: Sequence[Counted], largest: int, length: int, wh
 def _table() -> dict[tuple[str, str, int], dict[str, list[Counted]]]:
     return {
         (row["device"], row["dtype"], row["channels"]): {
-            kernel: [Counted(Sizes(*sizes), share) for *sizes, share in row[kernel]]
-            for kernel in PRODUCTS
-            if kernel in row
+            kernel: [Counted(Sizes(*sizes), share) for *sizes, share in row[kernel]] for kernel in PRODUCTS
         }
         for row in read_rows(TABLE)
     }

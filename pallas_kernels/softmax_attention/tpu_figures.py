@@ -22,6 +22,8 @@ from pallas_kernels.softmax_attention.tpu_kernels import Kernels
 from pallas_kernels.timing import median_seconds
 
 _HEADS = 2
+# Of the VMEM that there is: compilers differ by up to 2.7 MiB, and a real call has tables besides.
+_VMEM_SHARE = 3 / 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +47,8 @@ class Call:
         Raises:
           ProfileError: if the kernel does not compile or cannot be profiled.
         """
-        # Compilers differ by up to 2.7 MiB, and a real call has tables besides.
-        cycles = static_cycles(chip, f"{__name__}:case", dataclasses.asdict(self), timeout, vmem_share=3 / 4)
+        arguments = dataclasses.asdict(self)
+        cycles = static_cycles(chip, f"{__name__}:case", arguments, timeout, vmem_share=_VMEM_SHARE)
         name = "dkv" if self.kernel == "fused" else self.kernel
         return next(count for kernel, count in cycles.items() if f"_{name}_" in kernel)
 
@@ -62,7 +64,8 @@ class Call:
         """Share of the chip's peak on the TPU that is here, by the median of several calls."""
         function, shapes = case(**dataclasses.asdict(self))
         arguments = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        compiled = jax.jit(function).lower(*arguments).compile()
+        limit = {"xla_tpu_scoped_vmem_limit_kib": str(int(_VMEM_SHARE * chip.vmem / 1024))}
+        compiled = jax.jit(function).lower(*arguments).compile(limit)
         return self.flops / chip.flops / median_seconds(lambda: compiled(*arguments), repetitions)
 
 

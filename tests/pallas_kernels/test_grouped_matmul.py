@@ -144,6 +144,8 @@ def test_tall_tiles_for_large_groups(tmp_path, monkeypatch):
     share = lambda rows, groups: tpu_tiles.share_of_peak("TPU v5", "tgmm", rows, groups)  # noqa: E731
     # 32 groups of 512 rows: all but one begin inside of a tile.
     assert (chosen(2**14, 32), chosen(2**14, 1), chosen(2**20, 32)) == (128, 512, 512)
+    # Fewer rows than a tile has are padding.
+    assert (chosen(0, 1), chosen(100, 1), chosen(400, 1)) == (128, 128, 512)
     assert share(2**14, 1) == 0.9
     assert share(2**14, 32) == pytest.approx(0.7 * 2**14 / (2**14 + 31 * 128))
     # Elsewhere the default, whose sums are no larger in fp32.
@@ -212,8 +214,8 @@ def test_tpu_kernels_compile_without_copies(chip, dtype):
 @pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
 @pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "tpu7x"])
 def test_every_tile_compiles(chip):
-    rows = [row for row in read_rows(tpu_tiles.TABLE) if row["device"] == CHIPS[chip].device_kind]
-    (row,) = rows
+    of = (CHIPS[chip].device_kind, "bfloat16")
+    (row,) = (row for row in read_rows(tpu_tiles.TABLE) if (row["device"], row["dtype"]) == of)
     product, gradient = ([Tile(*tile) for *tile, _ in row[kernel]] for kernel in ("gmm", "tgmm"))
     x, w, dy = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((4096, 6144), (2, 6144, 9216), (4096, 9216)))
 

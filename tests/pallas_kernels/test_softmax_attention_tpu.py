@@ -120,6 +120,20 @@ def test_rows_whose_tables_are_cut_into_parts(monkeypatch):
     compare("documents at edges of blocks")
 
 
+@pytest.mark.parametrize("blocks", [2, 3, 507, 509, 510, 511, 512])
+def test_tables_of_every_piece_fit(blocks):
+    S = 2048 * blocks - 1
+    q = jax.ShapeDtypeStruct((1, S, 8, 128), jnp.bfloat16)
+    for kind in ("TPU v4", "TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x"):
+        chosen = choose_blocks(q, q, kind)
+        cuts = tpu._cuts(S, Kernels(chosen, False))
+        assert [t for own, _ in cuts for t in (own.start, own.stop)][1:-1:2] == [own.start for own, _ in cuts[1:]]
+        assert (cuts[0][0].start, cuts[-1][0].stop) == (0, S)
+        for own, seen in cuts:
+            assert own.stop == seen.stop
+            assert tpu_tables.table_bytes(own.stop - own.start, S, chosen) <= tpu_tables.SCALAR_BYTES
+
+
 @pytest.mark.parametrize("case", ["one document", "ragged documents", "one kernel backward, ragged documents"])
 def test_halves_of_the_heads_on_two_cores(case):
     # Which jax 0.10.2's stricter interpreter does not follow.

@@ -27,6 +27,8 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "tpu_cycles.json"
 TARGETS = ("v5e", "v5p", "v6e", "tpu7x")
 # Cycles may grow by this much.
 BOUND = 1.05
+# Compilers, and chips whose kernels their profiler aborts on.
+ABORTS = {("0.0.42.1", "tpu7x")}
 
 
 def gradient_program(documents):
@@ -209,9 +211,10 @@ def test_static_cycles_of_decoding_have_not_grown(chip, tokens, write_golden):
 def hold(name, count, write_golden):
     """Holds a count of cycles against the golden file, or writes it there."""
     golden, version = json.loads(GOLDEN.read_text()), compiler_version()
-    if not write_golden and name not in golden.get(version, {}):
-        # Where a profiler cannot follow a kernel, it takes up to two minutes to say so.
-        pytest.skip(f"the golden file has no {name} of libtpu {version}; where it can be counted, --write-golden does")
+    if not write_golden and version not in golden:
+        pytest.skip(f"the golden file has no cycles of libtpu {version}; write them with --write-golden")
+    if not write_golden and (version, name.split()[0]) in ABORTS:
+        pytest.skip("this compiler's profiler cannot follow the kernel, and takes up to two minutes to say so")
     try:
         cycles = count()
     except ProfileError as error:
