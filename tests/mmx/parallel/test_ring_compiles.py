@@ -20,7 +20,7 @@ GiB = 2**30
     ("topology", "length", "heads", "layout", "temporaries"),
     [
         ("v5p:2x2x1", 8192, (64, 8), "zigzag", 0.6),
-        ("v5p:4x4x4", 2**20, (64, 8), "zigzag", 5.9),
+        ("v5p:4x4x4", 2**20, (64, 8), "zigzag", 8.1),
         # Heads split over eight other devices, an eighth of the row on each rank.
         ("v5p:2x2x2", 2**20, (8, 1), "balanced", 4.2),
         ("tpu7x:2x2x1", 8192, (64, 8), "zigzag", 0.3),

@@ -22,6 +22,6 @@ def test_step_of_the_billion_model_runs_the_kernels():
     # One call each in the scanned body; full rematerialisation runs the forward kernel again.
     assert count("lightning_attention_backward") == 1
     assert count("lightning_attention_forward") == 2
-    # Softmax layers take splash attention's kernels.
+    # Softmax layers take splash attention's kernels, one of them for all gradients.
     assert count("splash_mha_fwd") == 2
-    assert count("splash_mha_dq") == count("splash_mha_dkv") == 1
+    assert (count("splash_mha_dq"), count("splash_mha_dkv")) == (0, 1)
