@@ -4,7 +4,8 @@ Kernels say nothing of themselves in the program. Theirs is counted from their o
 document: lightning attention as the tokens and heads that it works on, splash attention by half of its pairs, megablox
 by all the rows of its buffer, of which a dropless exchange may leave most empty. Half of the pairs is what causal
 attention of a whole row has, and each step of a ring in the zigzag layout; in the contiguous layout it is the ranks'
-mean, and the last rank has up to twice that.
+mean, and the last rank has up to twice that. A row so long that it runs in pieces is counted short: each piece as if it
+saw its own tokens alone.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from pallas_kernels.size_table import read_rows
 
 TABLE = Path(__file__).with_name("tpu_tiles.json")
 LANES = 128
-# Channels of a tile that divides its operand's, or is one of this width: what is left over is masked.
+# Most output channels of a tile that need not divide the operand's: what is left over is masked.
 _ANY = 1024
 # Where the table says nothing: rows of a tile and, about as on v5p, what share they reach.
 _DEFAULT_SHARES = {512: 0.84, 256: 0.81, 128: 0.7}
